@@ -1,0 +1,134 @@
+"""The kernel's module counters, and how a call moves them (kernel/module/stats.c, Linux 6.4 and later)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from modpressure.kernel.outcome import Outcome, Syscall
+
+
+@dataclass(slots=True)
+class Counters:
+    """What one system's kernel has counted. The first eleven carry the kernel's own names; sizes are bytes."""
+
+    modcount: int = 0
+    failed_kreads: int = 0
+    failed_decompress: int = 0
+    failed_becoming: int = 0
+    failed_load_modules: int = 0
+    total_mod_size: int = 0
+    total_text_size: int = 0
+    invalid_kread_bytes: int = 0
+    invalid_decompress_bytes: int = 0
+    invalid_becoming_bytes: int = 0
+    invalid_mod_bytes: int = 0
+    invalid_mod_image_bytes: int = 0
+    """``invalid_mod_bytes`` with the image counted once and no compressed length: what the rfc report shows."""
+
+    calls: int = 0
+    shared_calls: int = 0
+    refused_calls: int = 0
+    failed_inits: int = 0
+    duplicates: int = 0
+    unloads: int = 0
+
+    @property
+    def virtual_mem_wasted_bytes(self) -> int:
+        """Sum of the four ``invalid_`` byte counters of the mainline report."""
+        return (
+            self.invalid_kread_bytes
+            + self.invalid_decompress_bytes
+            + self.invalid_becoming_bytes
+            + self.invalid_mod_bytes
+        )
+
+    def add_call(
+        self,
+        outcome: int,
+        *,
+        syscall: int,
+        duplicate: bool,
+        image_bytes: int,
+        compressed_bytes: int,
+        mod_bytes: int,
+        text_bytes: int,
+    ) -> int:
+        """Count one call that has ended; return the bytes that it wasted by the mainline rules.
+
+        ``outcome`` and ``syscall`` are the numbers of ``Outcome`` and ``Syscall``. ``compressed_bytes`` is 0 unless the
+        kernel had to decompress. For a failed read by init_module ``image_bytes`` is the length that the caller gave.
+        ValueError on an outcome that there is not.
+        """
+        self.calls += 1
+        if duplicate:
+            self.duplicates += 1
+        # Plain comparisons with the enum's numbers: this runs for every event of a simulation.
+        if outcome == Outcome.LIVE:
+            self.modcount += 1
+            self.total_mod_size += mod_bytes
+            self.total_text_size += text_bytes
+            return 0
+        if outcome == Outcome.BECOMING:
+            wasted = image_bytes + compressed_bytes
+            self.failed_becoming += 1
+            self.invalid_becoming_bytes += wasted
+            return wasted
+        if outcome == Outcome.LOAD:
+            wasted = 2 * image_bytes + compressed_bytes
+            self.failed_load_modules += 1
+            self.invalid_mod_bytes += wasted
+            self.invalid_mod_image_bytes += image_bytes
+            return wasted
+        if outcome == Outcome.SHARED:
+            self.shared_calls += 1
+            return 0
+        if outcome == Outcome.KREAD:
+            # finit_module moves no bytes on this path; init_module adds what its caller asked for.
+            wasted = image_bytes if syscall == Syscall.INIT_MODULE else 0
+            self.failed_kreads += 1
+            self.invalid_kread_bytes += wasted
+            return wasted
+        if outcome == Outcome.DECOMPRESS:
+            self.failed_decompress += 1
+            self.invalid_decompress_bytes += compressed_bytes
+            return compressed_bytes
+        if outcome == Outcome.INIT:
+            self.failed_inits += 1
+            return 0
+        if outcome == Outcome.REFUSED:
+            self.refused_calls += 1
+            return 0
+        raise ValueError(f"there is no outcome number {outcome}")
+
+    def add(self, other: Counters) -> None:
+        """Add every counter of ``other`` to this one."""
+        for name in COUNTER_NAMES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+COUNTER_NAMES: tuple[str, ...] = tuple(field.name for field in fields(Counters))
+
+KERNEL_COUNTER_NAMES: tuple[str, ...] = COUNTER_NAMES[:11]
+"""The single-value files of /sys/kernel/debug/modules/."""
+
+
+@dataclass(slots=True)
+class FailedModule:
+    """A name that was a duplicate at least once: an entry of the kernel's ``dup_failed_modules``."""
+
+    module: str
+    becoming_count: int = 0
+    load_count: int = 0
+    wasted_bytes: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many calls failed."""
+        return self.becoming_count + self.load_count
+
+    @property
+    def reason(self) -> str:
+        """The kernel's word for where they were found."""
+        if self.becoming_count and self.load_count:
+            return "Becoming & Load"
+        return "Becoming" if self.becoming_count else "Load"
