@@ -82,8 +82,9 @@ $(GRPCURL):
 # --- checks and tests ----------------------------------------------------------------------------------------------
 
 .PHONY: check
-check: lint  ## format, lint, types, forbidden words: nothing is changed
+check: lint  ## format, lint, types, forbidden words, lock: nothing is changed
 	$(BIN)/mypy
+	$(BIN)/python -m pip check --disable-pip-version-check
 	$(BIN)/python scripts/check_words.py
 
 .PHONY: lint
