@@ -1,0 +1,60 @@
+"""Logging of every process: one event a line on standard error, as JSON for programs or coloured for people."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Final, Literal, get_args
+
+import structlog
+
+from modpressure.errors import BadRequest
+
+LogFormat = Literal["auto", "console", "json"]
+"""``auto`` is ``console`` on a terminal and ``json`` elsewhere."""
+
+LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+def configure(level: str = "info", format: str = "auto") -> None:
+    """Set up structlog, and the standard library's logging to come out alike.
+
+    ``level`` is one of ``LEVELS``, ``format`` one of ``LogFormat``; BadRequest names a value that is neither.
+    """
+    number = LEVELS.get(level.lower())
+    if number is None:
+        raise BadRequest(f"there is no log level {level!r}; there are {', '.join(LEVELS)}", field="log_level")
+    if format not in get_args(LogFormat):
+        formats = ", ".join(get_args(LogFormat))
+        raise BadRequest(f"there is no log format {format!r}; there are {formats}", field="log_format")
+    as_json = format == "json" or (format == "auto" and not sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
+    ]
+    last: list[structlog.typing.Processor]
+    if as_json:
+        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        last = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    structlog.configure(
+        processors=[*shared, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    # What libraries log through the standard library takes the same road.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)

@@ -1,0 +1,292 @@
+"""The server that both services start: real sockets, real clients, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from modpressure.errors import (
+    AlreadyExists,
+    BadRequest,
+    Forbidden,
+    ModpressureError,
+    NotFound,
+    NotNow,
+    OverLimit,
+    Unavailable,
+)
+from modpressure.grpc_errors import INTERNAL_SENTENCE, status_code_of, translate_errors
+from modpressure.grpc_server import CannotListen, GrpcServer, split_address
+from modpressure.v1 import stats_service_pb2, stats_service_pb2_grpc
+
+SERVICE = "modpressure.v1.StatsService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Raising(stats_service_pb2_grpc.StatsServiceServicer):
+    """Raises what the test says, from a unary and from a streaming RPC."""
+
+    error: BaseException = NotFound("there is no system 'x'")
+
+    async def GetStats(self, request: Any, context: Any) -> Any:
+        async with translate_errors(context, "Stats.GetStats"):
+            if request.system == "fine":
+                return stats_service_pb2.GetStatsResponse()
+            if request.system == "own abort":
+                await context.abort(grpc.StatusCode.OUT_OF_RANGE, "its own")
+            raise self.error
+
+    async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async with translate_errors(context, "Stats.WatchStats"):
+            yield stats_service_pb2.WatchStatsResponse()
+            raise self.error
+
+
+def serve(servicer: Any, listen: str = "127.0.0.1:0", **options: Any) -> GrpcServer:
+    server = GrpcServer(listen, **{"grace_seconds": 5, **options})
+    server.add(servicer, stats_service_pb2_grpc.add_StatsServiceServicer_to_server, SERVICE)
+    return server
+
+
+@pytest.fixture
+async def raising() -> AsyncIterator[tuple[Raising, Any]]:
+    servicer = Raising()
+    server = serve(servicer)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield servicer, stats_service_pb2_grpc.StatsServiceStub(channel)
+    await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BadRequest("copy -1 is negative", field="copy"), grpc.StatusCode.INVALID_ARGUMENT),
+        (NotFound("there is no module 'nope'"), grpc.StatusCode.NOT_FOUND),
+        (AlreadyExists("there is a system 'a' already"), grpc.StatusCode.ALREADY_EXISTS),
+        (Forbidden("/etc/passwd lies outside of the tree"), grpc.StatusCode.PERMISSION_DENIED),
+        (OverLimit("1001 workers are more than 1000"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (NotNow("3 calls are in flight"), grpc.StatusCode.FAILED_PRECONDITION),
+        (Unavailable("stats_svc is away"), grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+async def test_an_error_reaches_the_client_as_its_code_and_sentence(
+    raising: tuple[Raising, Any], error: ModpressureError, code: Any
+) -> None:
+    servicer, stub = raising
+    servicer.error = error
+    with pytest.raises(grpc.aio.AioRpcError) as unary:
+        await stub.GetStats(stats_service_pb2.GetStatsRequest())
+    assert (unary.value.code(), unary.value.details()) == (code, error.sentence)
+    stream = stub.WatchStats(stats_service_pb2.WatchStatsRequest())
+    assert await stream.read() == stats_service_pb2.WatchStatsResponse()
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        await stream.read()
+    assert (streamed.value.code(), streamed.value.details()) == (code, error.sentence)
+    assert status_code_of(error) is code
+
+
+def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
+    status = rpc_status.from_call(error)
+    assert status is not None
+    found = {}
+    for packed in status.details:
+        detail = getattr(error_details_pb2, packed.TypeName().rpartition(".")[2])()
+        assert packed.Unpack(detail)
+        found[type(detail).__name__] = detail
+    return found
+
+
+async def test_details_name_the_field_and_advise_a_retry(raising: tuple[Raising, Any]) -> None:
+    servicer, stub = raising
+    servicer.error = BadRequest("copy -1 is negative", field="copy")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetStats(stats_service_pb2.GetStatsRequest())
+    details = details_of(caught.value)
+    assert [v.field for v in details["BadRequest"].field_violations] == ["copy"]
+    assert details["ErrorInfo"].reason == "INVALID_ARGUMENT"
+    servicer.error = Unavailable("stats_svc is away")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetStats(stats_service_pb2.GetStatsRequest())
+    assert details_of(caught.value)["RetryInfo"].retry_delay.seconds == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("secret /path"), ModpressureError("secret /path")])
+async def test_what_nobody_foresaw_tells_nothing_on_the_wire(
+    raising: tuple[Raising, Any], error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servicer, stub = raising
+    servicer.error = error
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetStats(stats_service_pb2.GetStatsRequest())
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INTERNAL, INTERNAL_SENTENCE)
+    logged = capsys.readouterr()
+    assert "secret /path" in logged.out + logged.err
+
+
+async def test_success_and_the_blocks_own_abort_pass_through(raising: tuple[Raising, Any]) -> None:
+    _, stub = raising
+    assert await stub.GetStats(stats_service_pb2.GetStatsRequest(system="fine")) is not None
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetStats(stats_service_pb2.GetStatsRequest(system="own abort"))
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.OUT_OF_RANGE, "its own")
+
+
+async def test_health_is_told_by_service_and_as_a_whole() -> None:
+    server = serve(Raising())
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+
+        async def status(service: str) -> Any:
+            return (await health.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+        assert (await status(SERVICE), await status("")) == (SERVING, SERVING)
+        await server.set_serving(SERVICE, False)
+        assert (await status(SERVICE), await status("")) == (NOT_SERVING, NOT_SERVING)
+        await server.set_serving(SERVICE, True)
+        assert (await status(SERVICE), await status("")) == (SERVING, SERVING)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await status("modpressure.v1.NoService")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    await server.stop()
+
+
+async def test_who_watches_the_health_hears_of_the_stop_and_does_not_hold_it_up() -> None:
+    server = serve(Raising(), grace_seconds=3600)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == SERVING
+        await server.stop()
+        assert (await watch.read()).status == NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watch.read()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_reflection_lists_the_services_and_can_be_off() -> None:
+    for on in (True, False):
+        server = serve(Raising(), reflection=on)
+        async with grpc.aio.insecure_channel(await server.start()) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+            if on:
+                answer = await call.read()
+                names = {service.name for service in answer.list_services_response.service}
+                assert {SERVICE, "grpc.health.v1.Health"} <= names
+            else:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        await server.stop()
+
+
+async def test_a_port_in_use_is_refused_by_name() -> None:
+    first = serve(Raising())
+    address = await first.start()
+    with pytest.raises(CannotListen, match=f"can't listen on {address}: address already in use"):
+        await serve(Raising(), address).start()
+    await first.stop()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotListen, match=str(port)):
+            await serve(Raising(), f"127.0.0.1:{port}").start()
+
+
+async def test_a_unix_socket_works_and_is_not_taken_over(tmp_path: Path) -> None:
+    listen = f"unix:{tmp_path}/s"
+    server = serve(Raising(), listen)
+    assert await server.start() == listen
+    async with grpc.aio.insecure_channel(listen) as channel:
+        stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+        await stub.GetStats(stats_service_pb2.GetStatsRequest(system="fine"))
+    with pytest.raises(CannotListen, match="already in use"):
+        await serve(Raising(), listen).start()
+    await server.stop()
+
+
+@pytest.mark.parametrize(
+    "listen", ["", "localhost", ":50051", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:http", "::1:5"]
+)
+async def test_what_is_no_address_is_refused(listen: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        await serve(Raising(), listen).start()
+    assert repr(listen) in caught.value.sentence
+
+
+async def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(CannotListen, match=r"192\.0\.2\.1:0"):
+        await serve(Raising(), "192.0.2.1:0").start()
+
+
+def test_addresses_are_split() -> None:
+    assert split_address("[::]:0") == ("::", 0)
+    assert split_address("localhost:50051") == ("localhost", 50051)
+
+
+SERVER_PROGRAM = """
+import asyncio, sys
+from modpressure import aio
+from modpressure.grpc_server import GrpcServer
+from modpressure.v1 import stats_service_pb2, stats_service_pb2_grpc
+
+class Slow(stats_service_pb2_grpc.StatsServiceServicer):
+    async def GetStats(self, request, context):
+        print("begun", flush=True)
+        if request.system == "forever":
+            await asyncio.Event().wait()
+        await server.stopping.wait()
+        return stats_service_pb2.GetStatsResponse()
+
+async def main():
+    global server
+    server = GrpcServer("127.0.0.1:0", grace_seconds=3600)
+    server.add(Slow(), stats_service_pb2_grpc.add_StatsServiceServicer_to_server, "modpressure.v1.StatsService")
+    print(await server.start(), flush=True)
+    await server.serve_until_stopped()
+    print("ended", flush=True)
+
+aio.run(main())
+"""
+
+
+@pytest.mark.parametrize("system", ["finite", "forever"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_calls_in_flight_end_and_a_second_one_hurries(system: str, number: int) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVER_PROGRAM, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    assert process.stdout is not None
+    address = (await process.stdout.readline()).decode().strip()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+        call = stub.GetStats(stats_service_pb2.GetStatsRequest(system=system))
+        reply = asyncio.ensure_future(call)
+        assert await process.stdout.readline() == b"begun\n"
+        process.send_signal(number)
+        if system == "finite":
+            assert await reply == stats_service_pb2.GetStatsResponse()
+        else:
+            assert b"stopping" in await process.stdout.readline()
+            process.send_signal(number)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await reply
+        rest = await process.stdout.read()
+        assert rest.endswith(b"ended\n")
+        assert await process.wait() == 0
