@@ -1,0 +1,255 @@
+"""The loader: turns requests for modules into calls on the simulated kernel, and answers them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+from loader_svc import requests
+from loader_svc.image import Algorithm
+from loader_svc.live import File, LiveCall, Machine, Request
+from loader_svc.steps import CallSpec
+from loader_svc.trees import LoadStep, ModuleTree
+from loader_svc.trees.names import checked_name
+from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Syscall
+from modpressure.v1 import call_pb2, loader_service_pb2
+from modpressure.v1 import ledger_service_pb2 as ledger
+
+T = TypeVar("T")
+
+ALGORITHMS: Final[dict[str, Algorithm]] = {"gz": "gzip", "xz": "xz", "zst": "zstd"}
+"""What a file's suffix says of its compression."""
+
+KERNEL_DECOMPRESSORS: Final = frozenset(ALGORITHMS.values())
+"""What the simulated kernel decompresses itself: all three, where a real one is built with one of them."""
+
+MAX_REMEMBERED_STEPS: Final = 10_000
+
+KMOD_WITH_KERNEL_DECOMPRESSION: Final = 34
+
+
+class Loader:
+    """Loads and unloads modules of one tree on the systems of one stats_svc."""
+
+    def __init__(self, machine: Machine, tree: ModuleTree, *, kmod: int) -> None:
+        """``kmod`` is the libkmod version for requests that say none, 30 or 34."""
+        self.machine = machine
+        self.tree = tree
+        self.kmod = kmod
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._clients: set[asyncio.Future[Any]] = set()
+        self._steps: dict[tuple[str, bool], tuple[list[str], list[LoadStep]]] = {}
+
+    # --- requests ---
+
+    async def load(self, request: loader_service_pb2.LoadModuleRequest) -> loader_service_pb2.LoadModuleResponse:
+        """Load a module, and first what it depends on if asked to; return once every call is committed.
+
+        Cancelling this sends the call a signal: it ends by itself, with EINTR if it waits for another one.
+        """
+        load = Load(self, request)
+        await self.machine.ledger.require()
+        return await self.answer(load.run(), on_cancel=load.interrupt)
+
+    async def unload(self, request: loader_service_pb2.UnloadModuleRequest) -> loader_service_pb2.UnloadModuleResponse:
+        """Unload a module; return once that is committed."""
+        system = requests.system_id(request.system)
+        module = checked_name(request.module)
+        worker = requests.label("worker", request.worker)
+        await self.machine.ledger.require()
+        unload = await self.answer(self.remove(system, module, worker))
+        return loader_service_pb2.UnloadModuleResponse(unload=unload)
+
+    async def remove(self, system: str, module: str, worker: str) -> call_pb2.Unload:
+        """Make one delete_module call."""
+        client = self.machine.ledger
+        call_id = client.new_call_id()
+        unload = call_pb2.Unload(call_id=call_id, module=module, worker=worker)
+        begun_ns = time.monotonic_ns()
+        unload.start_time.FromNanoseconds(time.time_ns())
+        operation = ledger.Operation(call_id=call_id, system=system, remove_module=ledger.RemoveModule(unload=unload))
+        result = await client.ask(operation)
+        unload.duration_ns = time.monotonic_ns() - begun_ns
+        unload.errno = result.errno
+        unload.event_id = result.event_id
+        unload.system = system
+        unload.instance_id = client.instance_id
+        unload.loader = self.machine.loader
+        return unload
+
+    async def is_live(self, system: str, module: str) -> bool:
+        """Return whether a module is live, as modprobe would read it from /sys/module/NAME/initstate."""
+        client = self.machine.ledger
+        operation = ledger.Operation(
+            call_id=client.new_call_id(), system=system, read_initstate=ledger.ReadInitstate(module=module)
+        )
+        return (await client.ask(operation)).live
+
+    async def policy(self, system: str, asked: int) -> int:
+        """Return the number of the policy to use: what was asked for, else the system's own.
+
+        The system is opened on the way, so that calls on it can follow.
+        """
+        own = await self.machine.ledger.policy_of(system)
+        return asked or own
+
+    def spec(self, name: str, *, policy: int, kmod: int, flags: int = 0, copy: int = 0) -> tuple[CallSpec, File]:
+        """Return what is to be asked of the kernel for a module of the tree, and the file.
+
+        NotFound if there is no such module, BadRequest for a bad name.
+        """
+        entry = self.tree.module(name)
+        algorithm = ALGORITHMS.get(entry.compression)
+        syscall = Syscall.FINIT_MODULE
+        if algorithm is not None:
+            if kmod >= KMOD_WITH_KERNEL_DECOMPRESSION and algorithm in KERNEL_DECOMPRESSORS:
+                flags |= MODULE_INIT_COMPRESSED_FILE
+            else:
+                syscall = Syscall.INIT_MODULE
+        # The same file of the same tree is one inode on every loader; a copy is another.
+        inode = f"{self.tree.identity}:{entry.path}:{copy}"
+        spec = CallSpec(entry.name, inode, requests.POLICIES[policy], syscall, flags)
+        return spec, File(entry.path, algorithm, functools.partial(self.tree.open_file, entry.name))
+
+    def steps(self, text: str, *, with_dependencies: bool) -> tuple[list[str], list[LoadStep]]:
+        """Return what a name or alias stands for, and the files to load for it, in order.
+
+        Modules that are built in are passed over, and so are commands that the configuration would have modprobe run
+        instead of loading: a request must not be able to run anything. NotFound, BadRequest.
+        """
+        found = self._steps.get((text, with_dependencies))
+        if found is None:
+            targets = self.tree.resolve_alias(text)
+            if with_dependencies:
+                steps = [step for step in self.tree.load_order(text) if step.kind == "insmod"]
+            else:
+                steps = [LoadStep("insmod", name, self.tree.module(name).path) for name in targets]
+            found = (targets, steps)
+            if len(self._steps) >= MAX_REMEMBERED_STEPS:
+                self._steps.clear()
+            self._steps[text, with_dependencies] = found
+        return found
+
+    # --- tasks that outlive their clients ---
+
+    async def answer(self, work: Coroutine[Any, Any, T], on_cancel: Callable[[], None] | None = None) -> T:
+        """Run ``work`` to its end whatever its client does, and return its result to the client.
+
+        Unavailable to the client, while the work goes on, if stats_svc stays away for longer than patience allows.
+        """
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        client: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._clients.add(client)
+        task.add_done_callback(functools.partial(self._settle, client))
+        try:
+            return await client
+        except asyncio.CancelledError:
+            if on_cancel is not None:
+                on_cancel()
+            raise
+        finally:
+            self._clients.discard(client)
+
+    def _settle(self, client: asyncio.Future[T], task: asyncio.Task[T]) -> None:
+        self._tasks.discard(task)
+        if client.done():
+            if not task.cancelled():
+                task.exception()  # or asyncio would complain that nobody has looked at it
+        elif task.cancelled():
+            client.cancel()
+        elif (error := task.exception()) is not None:
+            client.set_exception(error)
+        else:
+            client.set_result(task.result())
+
+    async def tell_clients_when_away(self) -> None:
+        """Tell every waiting client when stats_svc has been away for too long. Runs until cancelled."""
+        client = self.machine.ledger
+        while True:
+            await client.wait_away()
+            for waiting in list(self._clients):
+                if not waiting.done():
+                    waiting.set_exception(client.unavailable())
+            await client.wait_connected()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._tasks)
+
+    async def drain(self) -> None:
+        """Return when every request has ended."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+class Load:
+    """One request to load: the calls that it takes, one after another, as modprobe makes them."""
+
+    def __init__(self, loader: Loader, request: loader_service_pb2.LoadModuleRequest) -> None:
+        """Check the request; BadRequest names the field and the value."""
+        self._loader = loader
+        self._system = requests.system_id(request.system)
+        self._policy = requests.policy_number(request.policy)
+        self._kmod = requests.kmod_version(request.kmod, loader.kmod)
+        self._flags = requests.user_flags(request.flags)
+        self._copy = requests.in_range("copy", request.copy, 0, 2**31 - 1)
+        self._origin = requests.origin(request.origin)
+        self._requester = requests.label("requester", request.requester)
+        self._worker = requests.label("worker", request.worker)
+        self._request_id = requests.label("request_id", request.request_id)
+        requests.parameters(request.parameters)
+        self._wait_for_memory = not request.refuse_when_full
+        self._with_dependencies = request.with_dependencies
+        # Before anything is asked of stats_svc: an unknown module is the caller's mistake whether it is there or not.
+        self._targets, self._steps = loader.steps(request.module, with_dependencies=request.with_dependencies)
+        self._call: LiveCall | None = None
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """Send the call in progress a signal; no further one is begun."""
+        self._interrupted = True
+        if self._call is not None:
+            self._call.interrupt()
+
+    async def run(self) -> loader_service_pb2.LoadModuleResponse:
+        """Make the calls."""
+        policy = await self._loader.policy(self._system, self._policy)
+        response = loader_service_pb2.LoadModuleResponse()
+        for step in self._steps:
+            if self._interrupted:
+                break
+            # modprobe looks whether a module is live before it loads it; insmod does not.
+            if self._with_dependencies and await self._loader.is_live(self._system, step.module):
+                continue
+            spec, file = self._loader.spec(
+                step.module, policy=policy, kmod=self._kmod, flags=self._flags, copy=self._copy
+            )
+            self._call = LiveCall(self._loader.machine, self._call_request(spec, file, policy))
+            call = await self._call.run()
+            if step.module == self._targets[-1]:
+                response.call.CopyFrom(call)
+            else:
+                response.dependency_calls.append(call)
+                # Somebody else's success is as good as one's own.
+                if call.errno not in ("", "EEXIST") and step.required:
+                    break
+        return response
+
+    def _call_request(self, spec: CallSpec, file: File, policy: int) -> Request:
+        return Request(
+            spec,
+            file,
+            self._system,
+            policy,  # type: ignore[arg-type]
+            self._copy,
+            self._worker,
+            self._origin,
+            self._requester,
+            self._request_id,
+            self._wait_for_memory,
+        )

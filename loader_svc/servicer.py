@@ -1,0 +1,191 @@
+"""The loader's RPCs: convert, call, map errors."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from loader_svc.describe import describe_module
+from loader_svc.loader import Loader
+from loader_svc.storm import Storm
+from modpressure.errors import BadRequest
+from modpressure.grpc_errors import status_of, translate_errors
+from modpressure.v1 import loader_service_pb2 as pb
+from modpressure.v1.loader_service_pb2_grpc import LoaderServiceServicer
+
+PROGRESS_SECONDS: Final = 0.25
+DEFAULT_PAGE_SIZE: Final = 1000
+MAX_PAGE_SIZE: Final = 10_000
+MAX_STREAM_IN_FLIGHT: Final = 1024
+"""Requests of one stream that are carried out at once; further messages are not read meanwhile."""
+
+
+class LoaderServicer(LoaderServiceServicer):
+    """Serves one loader."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    async def LoadModule(self, request: pb.LoadModuleRequest, context: Any) -> pb.LoadModuleResponse:
+        """Load one module."""
+        async with translate_errors(context, "Loader.LoadModule"):
+            return await self._loader.load(request)
+
+    async def UnloadModule(self, request: pb.UnloadModuleRequest, context: Any) -> pb.UnloadModuleResponse:
+        """Unload one module."""
+        async with translate_errors(context, "Loader.UnloadModule"):
+            return await self._loader.unload(request)
+
+    async def LoadModules(
+        self, requests: AsyncIterator[pb.LoadModulesRequest], context: Any
+    ) -> AsyncIterator[pb.LoadModulesResponse]:
+        """Load and unload many modules over one stream."""
+        async with translate_errors(context, "Loader.LoadModules"):
+            stream = _ManyRequests(self._loader)
+            reader = asyncio.ensure_future(stream.read(requests))
+            try:
+                async for responses in stream.answers(reader):
+                    yield pb.LoadModulesResponse(responses=responses)
+                await reader
+            finally:
+                reader.cancel()
+                stream.cancel()
+
+    async def RunStorm(
+        self, messages: AsyncIterator[pb.RunStormRequest], context: Any
+    ) -> AsyncIterator[pb.RunStormResponse]:
+        """Run a storm."""
+        async with translate_errors(context, "Loader.RunStorm"):
+            first = await anext(aiter(messages), None)
+            if first is None or first.WhichOneof("kind") != "storm":
+                raise BadRequest("the first message must say which storm to run", field="storm")
+            storm = Storm(self._loader, first.storm)
+            ready = await storm.prepare()
+            started = asyncio.Event()
+            if not storm.plan.await_start:
+                started.set()
+            control = asyncio.ensure_future(_control(messages, storm, started))
+            yield pb.RunStormResponse(ready=ready)
+            running: asyncio.Future[pb.StormSummary] | None = None
+            try:
+                await started.wait()
+                running = asyncio.ensure_future(storm.run())
+                while not running.done():
+                    await asyncio.wait({running}, timeout=PROGRESS_SECONDS)
+                    yield pb.RunStormResponse(progress=storm.progress())
+                yield pb.RunStormResponse(summary=running.result())
+            finally:
+                storm.stop()
+                control.cancel()
+                if running is not None:
+                    await asyncio.wait({running})
+
+    async def ListModules(self, request: pb.ListModulesRequest, context: Any) -> pb.ListModulesResponse:
+        """List the tree's modules."""
+        async with translate_errors(context, "Loader.ListModules"):
+            tree = self._loader.tree
+            if request.page_size < 0:
+                raise BadRequest(f"page_size {request.page_size} is negative", field="page_size")
+            size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+            builtin = frozenset(tree.builtin)
+            names = sorted(builtin.union(tree.names()))
+            if request.filter:
+                names = fnmatch.filter(names, request.filter.replace("-", "_"))
+            # The token is the last name of the page before: it holds whatever page size comes next.
+            rest = [name for name in names if name > request.page_token]
+            response = pb.ListModulesResponse(release=tree.release)
+            for name in rest[:size]:
+                if name in builtin:
+                    response.modules.add(name=name, builtin=True)
+                    continue
+                entry = tree.module(name)
+                response.modules.add(name=name, file=entry.path, file_bytes=entry.size_bytes)
+            if len(rest) > size:
+                response.next_page_token = rest[size - 1]
+            return response
+
+    async def GetModule(self, request: pb.GetModuleRequest, context: Any) -> pb.GetModuleResponse:
+        """Describe one module."""
+        async with translate_errors(context, "Loader.GetModule"):
+            loop = asyncio.get_running_loop()
+            loader = self._loader
+            module = await loop.run_in_executor(
+                loader.machine.executor,
+                describe_module,
+                loader.tree,
+                request.module,
+                loader.machine.plans.image_limit_bytes,
+            )
+            return pb.GetModuleResponse(module=module)
+
+
+async def _control(messages: AsyncIterator[pb.RunStormRequest], storm: Storm, started: asyncio.Event) -> None:
+    """Obey the messages that come after the first. The end of the stream means nothing: no more will be said."""
+    async for message in messages:
+        match message.WhichOneof("kind"):
+            case "start":
+                started.set()
+            case "stop":
+                storm.stop()
+                started.set()
+
+
+class _ManyRequests:
+    """The requests of one stream: carried out side by side, answered as they end."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: list[pb.ModuleResponse] = []
+        self._news = asyncio.Event()
+        self._room = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
+
+    async def read(self, messages: AsyncIterator[pb.LoadModulesRequest]) -> None:
+        """Begin every request of every message, no more at once than there is room for."""
+        async for message in messages:
+            for request in message.requests:
+                await self._room.acquire()
+                task = asyncio.ensure_future(self._carry_out(request))
+                self._tasks.add(task)
+                task.add_done_callback(self._ended)
+        self._news.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+        self._news.set()
+
+    async def _carry_out(self, request: pb.ModuleRequest) -> None:
+        answer = pb.ModuleResponse(tag=request.tag)
+        try:
+            match request.WhichOneof("kind"):
+                case "load":
+                    answer.load.CopyFrom(await self._loader.load(request.load))
+                case "unload":
+                    answer.unload.CopyFrom(await self._loader.unload(request.unload))
+                case _:
+                    raise BadRequest(f"request {request.tag} asks for nothing", field="requests")
+        except Exception as error:
+            status = status_of(error)
+            answer.error.code = status.code
+            answer.error.message = status.message
+        self._answers.append(answer)
+
+    async def answers(self, reader: asyncio.Future[None]) -> AsyncIterator[list[pb.ModuleResponse]]:
+        """Yield answers, as many at a time as there are, until the reader is done and every request is answered."""
+        reader.add_done_callback(lambda _: self._news.set())
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            answers, self._answers = self._answers, []
+            if answers:
+                yield answers
+            if reader.done() and not self._tasks and not self._answers:
+                return
+
+    def cancel(self) -> None:
+        """Send each call a signal: the client is gone."""
+        for task in self._tasks:
+            task.cancel()

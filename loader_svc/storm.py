@@ -1,0 +1,279 @@
+"""Storms: many workers that load, or load and unload, the same modules at the same time.
+
+Mode repeat is the loop of stress-ng's module stressor: one unload before the start, then load; after a success count an
+operation and unload; after a failure try again at once. One thing differs: a worker whose load fails for another reason
+than a duplicate ends, since trying again can't change that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+from loader_svc import requests
+from loader_svc.live import File, LiveCall, Request
+from loader_svc.loader import Load, Loader
+from loader_svc.steps import CallSpec
+from modpressure.errors import BadRequest, ModpressureError
+from modpressure.kernel.counters import Counters
+from modpressure.v1 import call_pb2, loader_service_pb2
+from modpressure.v1.loader_service_pb2 import Storm as StormMessage
+
+MAX_WORKERS: Final = 10_000
+MAX_MODULES: Final = 1_000
+MAX_OPERATIONS: Final = 2**53
+STOP_SECONDS: Final = 5.0
+"""How long a stopped storm waits for the calls in flight before it tells what it has counted."""
+
+PASSING_ERRNOS: Final = frozenset({"", "EEXIST", "EBUSY", "EINTR"})
+"""What a worker gets past: these depend on what other calls do at the moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class StormPlan:
+    """A storm as asked for, checked."""
+
+    system: str
+    modules: tuple[str, ...]
+    workers: int
+    first_worker: int
+    once: bool
+    keep_loaded: bool
+    operations: int
+    seconds: float | None
+    policy: int
+    kmod: int
+    separate_copies: bool
+    with_dependencies: bool
+    await_start: bool
+
+    @classmethod
+    def of(cls, message: StormMessage, loader: Loader) -> StormPlan:
+        """Check a request; BadRequest and NotFound name the field and the value."""
+        if not message.modules:
+            raise BadRequest("a storm needs at least one module", field="modules")
+        requests.in_range("number of modules", len(message.modules), 1, MAX_MODULES)
+        requests.in_range("workers", message.workers, 1, MAX_WORKERS)
+        requests.in_range("operations", message.operations, 0, MAX_OPERATIONS)
+        requests.in_range("first_worker", message.first_worker, 0, 2**31 - 1 - MAX_WORKERS)
+        if message.mode not in (
+            StormMessage.MODE_UNSPECIFIED,
+            StormMessage.MODE_REPEAT,
+            StormMessage.MODE_ONCE,
+        ):
+            raise BadRequest(f"there is no storm mode number {message.mode}", field="mode")
+        once = message.mode == StormMessage.MODE_ONCE
+        seconds = message.duration.ToNanoseconds() / 1e9 if message.HasField("duration") else None
+        if seconds is not None and seconds <= 0:
+            raise BadRequest(f"duration {seconds} s is not more than 0", field="duration")
+        if not once and not message.operations and seconds is None:
+            raise BadRequest("mode repeat needs operations or duration, else it would never end", field="operations")
+        return cls(
+            system=requests.system_id(message.system),
+            modules=tuple(loader.tree.module(name).name for name in message.modules),
+            workers=message.workers,
+            first_worker=message.first_worker,
+            once=once,
+            keep_loaded=message.keep_loaded or once,
+            operations=message.operations,
+            seconds=seconds,
+            policy=requests.policy_number(message.policy),
+            kmod=requests.kmod_version(message.kmod, loader.kmod),
+            separate_copies=message.separate_copies,
+            with_dependencies=message.with_dependencies,
+            await_start=message.await_start,
+        )
+
+
+class Storm:
+    """A storm on one loader: prepared, started once, and summed up when its workers have ended or it was stopped."""
+
+    def __init__(self, loader: Loader, message: StormMessage) -> None:
+        """Check the request; BadRequest and NotFound name the field and the value."""
+        self.plan = StormPlan.of(message, loader)
+        self._loader = loader
+        self._outcomes: Counter[tuple[int, str]] = Counter()
+        self._counters = Counters()
+        self._operations = 0
+        self._unloads = 0
+        self._errors = 0
+        self._first_error = ""
+        self._active_workers = 0
+        self._calls: set[LiveCall] = set()
+        self._stopping = asyncio.Event()
+        self._stopped_early = False
+        self._started_ns = 0
+        self._ended_ns = 0
+
+    async def prepare(self) -> loader_service_pb2.StormReady:
+        """Do what comes before the start: load what the modules depend on, unload the modules themselves.
+
+        Unavailable if stats_svc is away; ModpressureError if a dependency can't be loaded.
+        """
+        plan, loader = self.plan, self._loader
+        await loader.machine.ledger.require()
+        ready = loader_service_pb2.StormReady(loader=loader.machine.loader)
+        if plan.with_dependencies:
+            for module in plan.modules:
+                ready.dependency_calls.extend(await self._load_dependencies(module))
+        if not plan.keep_loaded:
+            for module in plan.modules:
+                await loader.answer(loader.remove(plan.system, module, "storm"))
+        return ready
+
+    async def _load_dependencies(self, module: str) -> list[call_pb2.Call]:
+        _, steps = self._loader.steps(module, with_dependencies=True)
+        calls: list[call_pb2.Call] = []
+        for step in steps:
+            if step.module in self.plan.modules:
+                continue
+            request = loader_service_pb2.LoadModuleRequest(
+                system=self.plan.system,
+                module=step.module,
+                with_dependencies=True,
+                policy=self.plan.policy,  # type: ignore[arg-type]
+                requester="storm",
+                worker="storm",
+            )
+            response = await self._loader.answer(Load(self._loader, request).run())
+            calls.extend(response.dependency_calls)
+            if response.HasField("call"):
+                calls.append(response.call)
+        return calls
+
+    async def run(self) -> loader_service_pb2.StormSummary:
+        """Start the workers together, and return what it came to once they have ended or been stopped."""
+        plan, loader = self.plan, self._loader
+        policy = await loader.policy(plan.system, plan.policy)
+        peak = loader.machine.meter.begin_peak()
+        start = asyncio.Event()
+        workers = [
+            asyncio.ensure_future(loader.answer(self._work(start, plan.first_worker + number, policy)))
+            for number in range(plan.workers)
+        ]
+        self._active_workers = plan.workers
+        self._started_ns = time.monotonic_ns()
+        start.set()
+        stop_after = asyncio.ensure_future(self._stop_after(plan.seconds))
+        everyone = asyncio.ensure_future(asyncio.wait(workers))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({everyone, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not everyone.done():
+                await asyncio.wait({everyone}, timeout=STOP_SECONDS)
+                for call in list(self._calls):
+                    call.interrupt()
+                await asyncio.wait({everyone}, timeout=STOP_SECONDS)
+        finally:
+            self._stopping.set()
+            self._ended_ns = time.monotonic_ns()
+            for task in (stop_after, stopping, everyone, *workers):
+                task.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return self._summary(loader.machine.meter.end_peak(peak))
+
+    async def _stop_after(self, seconds: float | None) -> None:
+        if seconds is not None:
+            await asyncio.sleep(seconds)
+            self._stopping.set()
+
+    def stop(self) -> None:
+        """Have the workers end after the calls they are in."""
+        self._stopped_early = not self._ended_ns
+        self._stopping.set()
+
+    # --- one worker ---
+
+    async def _work(self, start: asyncio.Event, number: int, policy: int) -> None:
+        """Do what one worker does, to its end."""
+        plan = self.plan
+        worker = f"worker-{number}"
+        copy = number + 1 if plan.separate_copies else 0
+        try:
+            specs = [self._loader.spec(name, policy=policy, kmod=plan.kmod, copy=copy) for name in plan.modules]
+            await start.wait()
+            done = 0
+            while not self._stopping.is_set():
+                for spec, file in specs:
+                    if self._stopping.is_set() or not await self._load_and_unload(spec, file, worker, copy, policy):
+                        return
+                done += 1
+                if plan.once or (plan.operations and done >= plan.operations):
+                    return
+        except ModpressureError as error:
+            self._errors += 1
+            self._first_error = self._first_error or error.sentence
+        finally:
+            self._active_workers -= 1
+
+    async def _load_and_unload(self, spec: CallSpec, file: File, worker: str, copy: int, policy: int) -> bool:
+        """Load until it succeeds (mode once: once), then unload; return whether the worker is to go on."""
+        plan = self.plan
+        while True:
+            request = Request(spec, file, plan.system, policy, copy, worker, requester="storm")  # type: ignore[arg-type]
+            live_call = LiveCall(self._loader.machine, request)
+            self._calls.add(live_call)
+            try:
+                call = await live_call.run()
+            finally:
+                self._calls.discard(live_call)
+            self._count(call)
+            if plan.once:
+                return True
+            if not call.errno:
+                self._operations += 1
+                if not plan.keep_loaded:
+                    unload = await self._loader.remove(plan.system, spec.module, worker)
+                    self._unloads += not unload.errno
+                return True
+            if call.errno not in PASSING_ERRNOS or self._stopping.is_set():
+                return False
+
+    def _count(self, call: call_pb2.Call) -> None:
+        self._outcomes[call.outcome, call.errno] += 1
+        self._counters.add_call(
+            call.outcome,
+            syscall=call.syscall,
+            duplicate=call.duplicate,
+            image_bytes=call.image_bytes,
+            compressed_bytes=call.compressed_bytes,
+            mod_bytes=call.mod_bytes,
+            text_bytes=call.text_bytes,
+        )
+
+    # --- what it tells ---
+
+    def progress(self) -> loader_service_pb2.StormProgress:
+        """Return how far it is."""
+        return loader_service_pb2.StormProgress(
+            operations=self._operations,
+            calls=self._counters.calls,
+            duplicates=self._counters.duplicates,
+            active_workers=self._active_workers,
+            held_bytes=self._loader.machine.meter.held_bytes,
+        )
+
+    def _summary(self, peak_bytes: int) -> loader_service_pb2.StormSummary:
+        counters = self._counters
+        summary = loader_service_pb2.StormSummary(
+            loader=self._loader.machine.loader,
+            workers=self.plan.workers,
+            calls=counters.calls,
+            operations=self._operations,
+            unloads=self._unloads,
+            outcomes=[
+                loader_service_pb2.OutcomeCount(outcome=outcome, errno=errno, count=count)  # type: ignore[arg-type]
+                for (outcome, errno), count in sorted(self._outcomes.items())
+            ],
+            duplicates=counters.duplicates,
+            wasted_bytes=counters.virtual_mem_wasted_bytes,
+            peak_held_bytes=peak_bytes,
+            errors=self._errors,
+            first_error=self._first_error,
+            stopped=self._stopped_early,
+        )
+        summary.elapsed.FromNanoseconds(self._ended_ns - self._started_ns)
+        return summary
