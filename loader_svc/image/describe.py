@@ -123,7 +123,7 @@ def _facts(
 def _read(path: Path, limit_bytes: int) -> memoryview:
     """Read a regular file as finit_module would; a FIFO is opened without waiting for its other end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("EINVAL", "kread", path, "not a regular file")
@@ -131,4 +131,7 @@ def _read(path: Path, limit_bytes: int) -> memoryview:
             raise ImageError("EINVAL", "kread", path, "the file is empty")
         if status.st_size > limit_bytes:
             raise ImageTooLarge(f"the file {path}", limit_bytes)
-        return memoryview(file.read(status.st_size))
+        with open(descriptor, "rb", closefd=False) as file:
+            return memoryview(file.read(status.st_size))
+    finally:
+        os.close(descriptor)
