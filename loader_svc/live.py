@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final
 
-from loader_svc.image import Algorithm, ImageError, kernel_decompress, user_decompress
+from loader_svc.image import Algorithm, ImageError, Layout, kernel_decompress, user_decompress
 from loader_svc.ledger_client import LedgerClient
 from loader_svc.memory import Area, Holdings, MemoryBudget, Meter, page_round
 from loader_svc.pipeline import Pipeline, load_module
@@ -62,7 +63,8 @@ MIN_IMAGE_BYTES: Final = 64
 
 _LAID_OUT: Final = (Outcome.LIVE, Outcome.LOAD, Outcome.INIT)
 
-_CORE_TYPES: Final = 4
+_CORE: Final = slice(0, 4)
+_INIT: Final = slice(4, 7)
 """The first four memory types are the module's core; the rest goes after init."""
 
 
@@ -96,7 +98,9 @@ class Request:
 class LiveModule:
     """What a live module holds until it is unloaded."""
 
-    areas: list[Area]
+    core: Area | None
+    """None if the core takes nothing, which no real module does."""
+
     taken_bytes: int
 
 
@@ -116,8 +120,8 @@ class Machine:
         """Free what the live module of a call held; nothing happens if it holds nothing here."""
         module = self.live_modules.pop(call_id, None)
         if module is not None:
-            for area in module.areas:
-                area.free()
+            if module.core is not None:
+                module.core.free()
             self.budget.give(module.taken_bytes)
 
 
@@ -140,7 +144,8 @@ class LiveCall:
         self._caller_image: Area | None = None
         self._file: Area | None = None
         self._image: Area | None = None
-        self._layout: list[Area | None] = []
+        self._core: Area | None = None
+        self._init: Area | None = None
         self._wait_ns = 0
         self._start_ns = 0
         self._begun_ns = 0
@@ -359,17 +364,28 @@ class LiveCall:
             return plan.failure_at("layout")
         image = self._image or self._file
         assert image is not None
-        for size_bytes in layout.rounded:
-            self._layout.append(Area(size_bytes, self._holdings, populate=True) if size_bytes else None)
+        # The kernel allocates each type for itself, one right after the other. Two areas hold as many pages for as
+        # long, and each one more would cost an unmapping across all threads.
+        self._core = self._lay_out(layout, _CORE, image)
+        self._init = self._lay_out(layout, _INIT, image)
+        return None
+
+    def _lay_out(self, layout: Layout, types: slice, image: Area) -> Area | None:
+        """Allocate an area for some memory types, one after another, and copy their sections into it."""
+        sizes = layout.rounded[types]
+        if not any(sizes):
+            return None
+        area = Area(sum(sizes), self._holdings, populate=True)
+        bases = dict(zip(range(types.start, types.stop), accumulate(sizes, initial=0), strict=False))
         with memoryview(image.pages) as source:
             for placement in layout.placements:
-                area = self._layout[placement.memory_type]
+                base = bases.get(placement.memory_type)
                 size_bytes = placement.size_bytes
-                if area is not None and size_bytes and not placement.is_nobits:
-                    to, at = placement.destination_offset_bytes, placement.source_offset_bytes
+                if base is not None and size_bytes and not placement.is_nobits:
+                    to, at = base + placement.destination_offset_bytes, placement.source_offset_bytes
                     with source[at : at + size_bytes] as section:
                         area.pages[to : to + size_bytes] = section
-        return None
+        return area
 
     def _free_images(self) -> None:
         for area in (self._file, self._image):
@@ -378,16 +394,15 @@ class LiveCall:
         self._file = self._image = None
 
     def _free_init(self) -> None:
-        for area in self._layout[_CORE_TYPES:]:
-            if area is not None:
-                area.free()
-        del self._layout[_CORE_TYPES:]
+        if self._init is not None:
+            self._init.free()
+            self._init = None
 
     def _free_all(self) -> None:
-        for area in self._layout:
-            if area is not None:
-                area.free()
-        self._layout.clear()
+        if self._core is not None:
+            self._core.free()
+            self._core = None
+        self._free_init()
         self._free_images()
 
     def _close(self) -> None:
@@ -410,10 +425,10 @@ class LiveCall:
         call = self._describe(ending)
         finish = pb.FinishCall(call=call, reserved=ending.reserved)
         if ending.outcome is Outcome.LIVE:
-            core = [area for area in self._layout[:_CORE_TYPES] if area is not None]
-            finish.core_bytes = sum(area.size_bytes for area in core)
+            finish.core_bytes = self._core.size_bytes if self._core is not None else 0
             # Before anyone can know that it is live, and so unload it.
-            machine.live_modules[self.call_id] = LiveModule(core, finish.core_bytes)
+            machine.live_modules[self.call_id] = LiveModule(self._core, finish.core_bytes)
+            self._core = None
             self._taken_bytes -= finish.core_bytes
         operation = pb.Operation(call_id=self.call_id, system=request.system, finish_call=finish)
         result = await machine.ledger.ask(operation)
