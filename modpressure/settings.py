@@ -141,12 +141,15 @@ class ServiceSettings(Settings):
     """What both services can be told."""
 
     grace_seconds: Seconds = Field(
-        10, description="How long a stopping service lets calls in flight end before it cuts them off; seconds."
+        default=10, description="How long a stopping service lets calls in flight end before it cuts them off; seconds."
     )
-    reflection: bool = Field(True, description="Serve gRPC reflection, so that grpcurl needs no .proto files.")
-    log_level: LogLevel = Field("info", description="The least level that is logged: debug, info, warning or error.")
+    reflection: bool = Field(default=True, description="Serve gRPC reflection, so that grpcurl needs no .proto files.")
+    log_level: LogLevel = Field(
+        default="info", description="The least level that is logged: debug, info, warning or error."
+    )
     log_format: LogFormat = Field(
-        "auto", description="How lines are logged: console for people, json for machines; auto: console on a terminal."
+        default="auto",
+        description="How lines are logged: console for people, json for machines; auto: console on a terminal.",
     )
 
 
@@ -158,7 +161,7 @@ class StatsSettings(ServiceSettings):
     program: ClassVar[str] = "stats_svc: the modules list, counters and reports of the simulated machines."
 
     listen: ListenAddress = Field(
-        "127.0.0.1:50050", description="Address to serve gRPC on, HOST:PORT; port 0 takes a free one."
+        default="127.0.0.1:50050", description="Address to serve gRPC on, HOST:PORT; port 0 takes a free one."
     )
     database: str = Field(
         default_factory=_default_database,
@@ -168,7 +171,7 @@ class StatsSettings(ServiceSettings):
         json_schema_extra={"default_text": "modpressure.sqlite3 in the user's state directory"},
     )
     lease_seconds: SomeSeconds = Field(
-        10, description="How long a loader that went silent keeps the names that its calls reserved; seconds."
+        default=10, description="How long a loader that went silent keeps the names that its calls reserved; seconds."
     )
 
 
@@ -180,22 +183,24 @@ class LoaderSettings(ServiceSettings):
     program: ClassVar[str] = "loader_svc: some CPUs of a simulated machine, which load modules."
 
     listen: ListenAddress = Field(
-        "127.0.0.1:50051", description="Address to serve gRPC on, HOST:PORT; port 0 takes a free one."
+        default="127.0.0.1:50051", description="Address to serve gRPC on, HOST:PORT; port 0 takes a free one."
     )
-    stats: TargetAddress = Field("127.0.0.1:50050", description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT.")
+    stats: TargetAddress = Field(
+        default="127.0.0.1:50050", description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT."
+    )
     name: Annotated[str, AfterValidator(_short)] = Field(
-        "",
+        default="",
         description="Name of this loader in events and summaries, at most 128 bytes.",
         json_schema_extra={"default_text": "HOSTNAME:PORT"},
     )
     tree: str = Field(
-        "catalogue",
+        default="catalogue",
         min_length=1,
         description="Modules to load: a directory such as /lib/modules/RELEASE, or the bundled catalogue with its files"
         " plain, .xz or .zst: catalogue, catalogue-xz, catalogue-zst.",
     )
     modprobe_dirs: Texts = Field(
-        [],
+        default=[],
         description="Directories of modprobe.d files (blacklists, aliases, softdeps) to follow, comma separated.",
         json_schema_extra={"default_text": "none"},
     )
@@ -205,19 +210,19 @@ class LoaderSettings(ServiceSettings):
         json_schema_extra={"default_text": "modpressure in the user's cache directory"},
     )
     memory_limit: BytesOrShare = Field(
-        "50%",
+        default="50%",
         description="Most real memory for the files, images and layouts of modules at once: bytes, 2G, 512MiB, or a"
         " share of what this process may use, control groups included. A call beyond it waits or is refused, as it"
         " asked.",
     )
     image_limit: Bytes = Field("256MiB", description="Largest image that a file may decompress to: bytes, 256MiB, 1G.")
     kmod: KmodVersion = Field(
-        34,
+        default=34,
         description="The libkmod whose way of handing compressed files to the kernel is followed: 30 decompresses by"
         " itself, 34 lets the kernel.",
     )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
-        4, description="Threads that read, decompress and copy files, 1 to 1024."
+        default=4, description="Threads that read, decompress and copy files, 1 to 1024."
     )
 
     @property
@@ -247,15 +252,17 @@ class ClientSettings(Settings):
     program: ClassVar[str] = "modpressure: the command line."
 
     loaders: Addresses = Field(
-        ["127.0.0.1:50051"],
+        default=["127.0.0.1:50051"],
         description="Addresses of loaders, comma separated: HOST:PORT, or dns:///HOST:PORT for all that a name stands"
         " for.",
         json_schema_extra={"default_text": "127.0.0.1:50051"},
     )
-    stats: TargetAddress = Field("127.0.0.1:50050", description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT.")
+    stats: TargetAddress = Field(
+        default="127.0.0.1:50050", description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT."
+    )
     timeout_seconds: SomeSeconds = Field(
-        60, description="How long one request may take; storms and streams may take longer; seconds."
+        default=60, description="How long one request may take; storms and streams may take longer; seconds."
     )
     system: Annotated[str, AfterValidator(_system_id)] = Field(
-        "default", description="The simulated machine that commands are about."
+        default="default", description="The simulated machine that commands are about."
     )

@@ -1,0 +1,1 @@
+"""The command ``modpressure``: one file for each group of commands."""

@@ -1,0 +1,127 @@
+"""The command ``modpressure``: its commands, its exit codes, and what it says when something goes wrong.
+
+Exit codes: 0 done; 1 the run failed; 2 bad usage; 130 interrupted (128 plus the number of the signal).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Final, NoReturn
+
+# What gRPC's core prints by itself is no sentence for a user; it is read when grpc is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import typer
+
+from modpressure import __version__
+from modpressure.cli import counts, events, load, modules, storm, systems, up
+from modpressure.cli.output import print_json, print_text
+from modpressure.cli.session import JSON_HELP, help_of
+from modpressure.errors import BadRequest, ModpressureError
+
+DEBUG_VARIABLE: Final = "MODPRESSURE_DEBUG"
+
+_HELP: Final = """See what loading kernel modules costs in memory when many CPUs do it at once.
+
+A first session, in two terminals:
+  modpressure up --loaders 4
+  modpressure storm --workers 100 --module xfs
+  modpressure report
+
+Every command has --json. Settings are flags, MODPRESSURE_* variables and keys of modpressure.toml alike.
+Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.
+"""
+
+app = typer.Typer(
+    name="modpressure",
+    help=help_of(_HELP),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_RUN: Final = "Run"
+_LOOK: Final = "Look"
+app.command(rich_help_panel=_RUN)(up.up)
+app.command(rich_help_panel=_RUN)(load.load)
+app.command(rich_help_panel=_RUN)(load.unload)
+app.command(rich_help_panel=_RUN)(storm.storm)
+app.command(rich_help_panel=_LOOK)(counts.report)
+app.command(rich_help_panel=_LOOK)(counts.stats)
+app.command(rich_help_panel=_LOOK)(counts.duplicates)
+app.command(rich_help_panel=_LOOK)(events.events)
+app.command(rich_help_panel=_LOOK)(events.watch)
+app.add_typer(modules.app, rich_help_panel=_LOOK)
+app.add_typer(systems.app, rich_help_panel=_RUN)
+
+
+@app.command(rich_help_panel=_LOOK)
+def version(json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+    """Print the version."""
+    if json:
+        print_json({"modpressure": __version__, "python": platform.python_version()})
+    else:
+        print_text(f"modpressure {__version__}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; what goes wrong is said in one sentence on standard error."""
+    if DEBUG_VARIABLE not in os.environ:
+        # Its complaints about tasks come with stack traces.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=arguments, prog_name="modpressure", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except typer.TyperException as error:
+        return _usage(error)
+    except BadRequest as error:
+        return _fail(error.sentence, 2)
+    except ModpressureError as error:
+        return _fail(error.sentence, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # Who read the output has gone, as head does; what is left in the buffer has no reader either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        what = " ".join(str(error).split()) or "no more is known"
+        return _fail(f"unexpected {type(error).__name__}: {what} ({DEBUG_VARIABLE}=1 shows where)", 1)
+
+
+def run() -> NoReturn:
+    """Run the command line of this process."""
+    sys.exit(main())
+
+
+def _usage(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "modpressure"
+    message = " ".join(error.format_message().replace("Value error, ", "").split())
+    if not message:  # no_args_is_help has printed the help
+        return 2
+    print_error(f"{path}: {message.rstrip('.')} (see {path} --help)")
+    return 2 if error.exit_code else 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    print_error(f"modpressure: {sentence}")
+    return code
+
+
+def print_error(text: str) -> None:
+    """Print one line on standard error, wherever that leads."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass

@@ -1,0 +1,314 @@
+"""``modpressure up``: both services in one terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json as jsons
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import grpc
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.text import Text
+
+from modpressure.cli.children import Child, Children, parse_line
+from modpressure.cli.output import POLICIES, PolicyWord, console, print_json, print_text, word_of
+from modpressure.cli.session import Session, command, whole_number
+from modpressure.client import Client
+from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotNow
+from modpressure.settings import ClientSettings
+from modpressure.settings_sources import variable
+
+STATS_SERVICE: Final = "modpressure.v1.StatsService"
+LOADER_SERVICE: Final = "modpressure.v1.LoaderService"
+
+MAX_LOADERS: Final = 256
+DEFAULT_SYSTEM: Final = "default"
+
+_COLOURS: Final = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be started."""
+
+    loaders: int
+    host: str
+    port: int
+    tree: str | None
+    database: str
+    policy: PolicyWord | None
+    config: Path | None
+
+    def listen(self, index: int) -> str:
+        """Return the address for the process with this number, stats_svc being 0."""
+        return f"{self.host}:{self.port + index if self.port else 0}"
+
+    def stats_arguments(self) -> list[str]:
+        """Return what follows ``python -m`` for stats_svc."""
+        return ["stats_svc", "--listen", self.listen(0), "--database", self.database, *self._common()]
+
+    def loader_arguments(self, index: int, stats: str) -> list[str]:
+        """Return the same for loader number ``index``, from 1."""
+        tree = ["--tree", self.tree] if self.tree else []
+        name = ["--name", f"loader-{index}"]
+        return ["loader_svc", "--listen", self.listen(index), "--stats", stats, *name, *tree, *self._common()]
+
+    def _common(self) -> list[str]:
+        return ["--log-format", "json", *(["--config", str(self.config)] if self.config else [])]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What was started, and where."""
+
+    stats: str
+    loaders: list[str]
+    database: str
+    pids: dict[str, int]
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON's types."""
+        return {"stats": self.stats, "loaders": self.loaders, "database": self.database, "pids": self.pids}
+
+
+@command()
+async def up(
+    session: Session,
+    loaders: Annotated[
+        int,
+        typer.Option("--loaders", "-n", parser=whole_number(1, MAX_LOADERS), metavar="N", help="Number of loaders."),
+    ] = 1,
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            help="Modules: a directory such as /lib/modules/RELEASE, or catalogue, catalogue-xz, catalogue-zst.",
+            show_default="the loaders' setting, catalogue",
+        ),
+    ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(help="Where counts are kept: a path or an SQLAlchemy URL.", show_default="a temporary file"),
+    ] = None,
+    policy: Annotated[
+        PolicyWord | None,
+        typer.Option(help="The policy of the system default.", show_default="v6.4 where it is new"),
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            parser=whole_number(0, 65535),
+            metavar="PORT",
+            help="Port of stats_svc; the loaders take the next ones. 0: any free ones.",
+        ),
+    ] = 50050,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the addresses there, as JSON, once all are well; removed at the end.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no log lines of the services.")] = False,
+) -> int:
+    """Start stats_svc and loaders as separate processes, until Ctrl-C.
+
+    Prints the addresses once all of them are well; their log lines follow, on standard error. If one of them ends, all
+    are stopped, and the exit code is 1. With --json the addresses are one JSON document on standard output.
+
+    Other settings of the services are read from MODPRESSURE_STATS_* and MODPRESSURE_LOADER_* variables or from the
+    settings file.
+
+    Examples:
+      modpressure up
+      modpressure up --loaders 4 --tree /lib/modules/$(uname -r) --policy v6.5
+      modpressure up --loaders 2 --port 0 --ready-file ready.json --quiet &
+    """
+    if port and port + loaders > 65535:
+        raise BadRequest(f"--port {port} leaves no ports for {loaders} loaders")
+    with contextlib.ExitStack() as stack:
+        if database is None:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modpressure-"))
+            database = f"{directory}/modpressure.sqlite3"
+        plan = Plan(loaders, host, port, tree, database, policy, session.config)
+        children = Children(_line_printer(quiet))
+        with _stop_signals(children) as stopped:
+            try:
+                return await _run(session, plan, children, stopped, ready_file)
+            finally:
+                await asyncio.shield(children.stop())
+                if ready_file is not None:
+                    ready_file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _stop_signals(children: Children) -> Iterator[asyncio.Future[int]]:
+    """Give a future of the signal that asks for the stop; a second one has the children killed."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[int] = loop.create_future()
+
+    def on_signal(number: int) -> None:
+        if stopped.done():
+            children.hurry()
+        else:
+            stopped.set_result(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in signals:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield stopped
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def _run(
+    session: Session, plan: Plan, children: Children, stopped: asyncio.Future[int], ready_file: Path | None
+) -> int:
+    starting = asyncio.create_task(_start(plan, children))
+    try:
+        if (number := await _until(starting, children, stopped)) is not None:
+            return 128 + number
+        running = starting.result()
+        _announce(session, running, ready_file)
+        number = await _until(None, children, stopped)
+        assert number is not None
+        return 128 + number
+    finally:
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ModpressureError):
+            await starting
+
+
+async def _until(task: asyncio.Task[Any] | None, children: Children, stopped: asyncio.Future[int]) -> int | None:
+    """Wait for ``task`` (None is returned), a signal to stop (its number is), or a child's death (ChildDied)."""
+    waiting: set[asyncio.Future[Any]] = {stopped, children.died}
+    if task is not None:
+        waiting.add(task)
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    if stopped.done():
+        return stopped.result()
+    if children.died.done():
+        raise children.died.result()
+    if task is not None:
+        task.result()
+    return None
+
+
+async def _start(plan: Plan, children: Children) -> Running:
+    """Start all and wait until they are well."""
+    stats = await children.start("stats", plan.stats_arguments())
+    stats_address = await stats.address
+    started = [
+        await children.start(f"loader-{index}", plan.loader_arguments(index, stats_address))
+        for index in range(1, plan.loaders + 1)
+    ]
+    addresses = [await loader.address for loader in started]
+    await asyncio.gather(
+        _until_well(stats_address, STATS_SERVICE), *(_until_well(address, LOADER_SERVICE) for address in addresses)
+    )
+    if plan.policy:
+        await _set_policy(stats_address, plan.policy)
+    pids = {child.name: child.process.pid for child in (stats, *started)}
+    return Running(stats_address, addresses, plan.database, pids)
+
+
+async def _until_well(address: str, service: str) -> None:
+    """Wait until the health service at ``address`` says that ``service`` can do its work."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            async for response in stub.Watch(request, wait_for_ready=True):
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+        except grpc.aio.AioRpcError as error:
+            raise ModpressureError(f"the service at {address} does not tell its health: {error.details()}") from error
+
+
+async def _set_policy(stats: str, policy: PolicyWord) -> None:
+    """Have the system default with that policy; NotNow if there is one with another that has counted something."""
+    async with Client(stats=stats) as client:
+        try:
+            await client.create_system(DEFAULT_SYSTEM, policy=POLICIES[policy])
+        except AlreadyExists:
+            there = (await client.system(DEFAULT_SYSTEM)).policy
+            if there == POLICIES[policy]:
+                return
+            if (await client.stats(DEFAULT_SYSTEM)).events:
+                raise NotNow(
+                    f"--policy {policy}: system {DEFAULT_SYSTEM!r} in this database has policy"
+                    f" {word_of(POLICIES, there)} and has counted events under it; delete it, or take another database"
+                ) from None
+            await client.delete_system(DEFAULT_SYSTEM)
+            await client.create_system(DEFAULT_SYSTEM, policy=POLICIES[policy])
+
+
+def _announce(session: Session, running: Running, ready_file: Path | None) -> None:
+    if session.json:
+        print_json(running.document())
+    else:
+        print_text(announcement(running))
+    if ready_file is not None:
+        temporary = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+        temporary.write_text(jsons.dumps(running.document()) + "\n")
+        temporary.replace(ready_file)
+
+
+def announcement(running: Running) -> str:
+    """Return what a user has to know about what runs."""
+    lines = [
+        f"stats_svc   {running.stats}",
+        *(f"loader_svc  {address}" for address in running.loaders),
+        f"database    {running.database}",
+        "",
+        "In another terminal:",
+    ]
+    defaults = ClientSettings()
+    if running.stats != defaults.stats:
+        lines.append(f"  export {variable(ClientSettings, 'stats')}={running.stats}")
+    if running.loaders != defaults.loaders:
+        lines.append(f"  export {variable(ClientSettings, 'loaders')}={','.join(running.loaders)}")
+    lines += [
+        "  modpressure storm --workers 100 --module xfs",
+        "  modpressure report",
+        f"  grpcurl -plaintext {running.stats} {STATS_SERVICE}/GetReport | jq -r .text",
+        "",
+        "Ctrl-C stops all of them.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line_printer(quiet: bool) -> Callable[[Child, str], None]:
+    target = console(stderr=True)
+    numbers: dict[str, int] = {}
+
+    def print_line(child: Child, line: str) -> None:
+        if quiet and parse_line(line).get("level") not in ("warning", "error", "critical"):
+            return
+        colour = _COLOURS[numbers.setdefault(child.name, len(numbers)) % len(_COLOURS)]
+        target.print(Text(f"{child.name:<10}", style=colour), log_text(line), soft_wrap=True)
+
+    return print_line
+
+
+def log_text(line: str) -> str:
+    """Return a line of a structured log for people; any other line as it is."""
+    event = parse_line(line)
+    if not event:
+        return line
+    time, level, what = (str(event.pop(key, "")) for key in ("timestamp", "level", "event"))
+    trace = event.pop("exception", None)
+    rest = " ".join(f"{key}={value}" for key, value in event.items())
+    head = " ".join(part for part in (time[11:19], f"{level:<7}", what, rest) if part)
+    return f"{head}\n{trace}" if trace else head
