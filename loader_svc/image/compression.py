@@ -54,8 +54,8 @@ def kernel_decompress(source: Buffer, algorithm: Algorithm, *, limit_bytes: int 
     - gzip: the header is skipped (of its optional fields the kernel knows the file name only), the data inflated, CRC
       and length never looked at: the trailer may be wrong or missing; a cut in the data is an error.
     - xz: every cut and every corruption is an error, as is any integrity check but CRC32 or none.
-    - zstd: a wrong checksum and corrupt data are errors; a cut is not, it yields what the whole blocks before it hold,
-      which may be nothing.
+    - zstd: a wrong checksum and corrupt data are errors; a cut is not, it yields what the whole blocks before it hold
+      (of an incompressible block, every byte before it), which may be nothing.
 
     Raises ImageError, check `decompress: ...`, errno EINVAL (ENOMEM for a zstd window that no memory could hold), and
     ImageTooLarge if the image or the decoder's own memory would exceed `limit_bytes`.

@@ -1,11 +1,11 @@
 """zstd files: RFC 8878, and what the kernel makes of them (kernel/module/decompress.c, Linux 6.12)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 import zstandard
 
-from loader_svc.image.chunks import CHUNK_BYTES, check_magic, refused
+from loader_svc.image.chunks import CHUNK_BYTES, INPUT_BYTES, check_magic, refused
 from loader_svc.image.errors import ImageTooLarge
 
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
@@ -17,21 +17,21 @@ _SKIPPABLE_HEADER_BYTES: Final = 8
 _PAGE_BYTES: Final = 4096
 _BLOCK_BYTES: Final = 1 << 17
 _BLOCK_RLE: Final = 1
-_BLOCK_RESERVED: Final = 3
+_BLOCK_HEADER_BYTES: Final = 3
+_CHECKSUM_BYTES: Final = 4
 _NO_MACHINE_BYTES: Final = 1 << 40
 _WRAPPING_WINDOW_BYTES: Final = (1 << 64) - (1 << 31)
 
 
 def kernel_decompress(view: memoryview, limit_bytes: int | None) -> Iterator[bytes]:
-    """Yield what a kernel unpacks: the first frame, as many whole blocks of it as there are.
+    """Yield what a kernel unpacks: the first frame, as many whole blocks (or bytes of a raw one) as there are.
 
     The kernel stops when a page of output is not filled, without asking why: input that ends early is no error.
     """
     del limit_bytes  # the window is bounded by itself
     check_magic(view, MAGIC, "zstd")
     _check_frame_header(view)
-    # Only the first frame is handed on: zstandard's reader would take what follows for another one.
-    yield from _frame(view[: _frame_bytes(view)])
+    yield from _frame(view)
 
 
 def user_decompress(view: memoryview, limit_bytes: int | None) -> Iterator[bytes]:
@@ -45,8 +45,7 @@ def user_decompress(view: memoryview, limit_bytes: int | None) -> Iterator[bytes
         else:
             check_magic(rest, MAGIC, "zstd")
             _check_frame_header(rest)
-            size_bytes = _frame_bytes(rest) or len(rest) + 1
-            yield from _frame(rest[:size_bytes])
+            size_bytes = (yield from _frame(rest)) or len(rest) + 1
         if size_bytes > len(rest):
             raise refused("zstd end", len(view), "the frame ends early")
         start += size_bytes
@@ -89,38 +88,59 @@ def _check_frame_header(view: memoryview) -> None:
         # A frame in one segment may claim any size; the kernel allocates as much before the decoder has a say.
         raise refused("zstd window", window, "no memory for it", errno="ENOMEM")
     # Content that fits into the first page is unpacked straight into it and needs no window.
-    if header.content_size > _PAGE_BYTES or _frame_bytes(view) is None:
+    if header.content_size > _PAGE_BYTES or not _is_whole(view):
         raise refused("zstd window", window, f"the largest is {LARGEST_WINDOW_BYTES}")
 
 
-def _frame(view: memoryview) -> Iterator[bytes]:
-    """Yield what can be decoded of one frame; input that ends early ends the output."""
+def _frame(view: memoryview) -> Generator[bytes, None, int | None]:
+    """Yield what can be decoded of the frame that `view` starts with; return its length, None if it is cut.
+
+    Blocks are fed so few at a time that their output fits into a chunk: four bytes of block may be 128 KiB of image.
+    """
+    decoder = zstandard.ZstdDecompressor().decompressobj()
+    start = 0
     try:
-        with zstandard.ZstdDecompressor().stream_reader(view, read_across_frames=False) as reader:
-            while chunk := reader.read(CHUNK_BYTES):
-                yield chunk
+        for end in _feeding_points(view):
+            yield decoder.decompress(view[start:end])
+            start = end
+            if decoder.eof:
+                return end
     except zstandard.ZstdError as error:
         raise refused("zstd data", error, "corrupt") from None
     except MemoryError:
         raise ImageTooLarge("the window of the zstd frame", LARGEST_WINDOW_BYTES) from None
+    return None
 
 
-def _frame_bytes(view: memoryview) -> int | None:
-    """Return the length of the frame that `view` starts with, by its block headers; None if it is cut or malformed."""
-    try:
-        at = zstandard.frame_header_size(view)
-        has_checksum = zstandard.get_frame_parameters(view).has_checksum
-    except zstandard.ZstdError:
-        return None
+def _feeding_points(view: memoryview) -> Iterator[int]:
+    """Yield where to stop feeding a decoder, up to the end of the frame or of the input, going by the block headers.
+
+    Whatever is wrong with a block is the decoder's to find.
+    """
+    at = min(zstandard.frame_header_size(view), len(view))
+    start = output_bytes = 0
+    is_last = False
+    while not is_last and at < len(view):
+        block = int.from_bytes(view[at : at + _BLOCK_HEADER_BYTES], "little")
+        is_last = bool(block & 1)
+        size = block >> 3
+        at = min(at + _BLOCK_HEADER_BYTES + (1 if block >> 1 & 3 == _BLOCK_RLE else size), len(view))
+        output_bytes += _BLOCK_BYTES
+        if output_bytes > CHUNK_BYTES - _BLOCK_BYTES or at - start > INPUT_BYTES:
+            yield at
+            start, output_bytes = at, 0
+    yield min(at + (_CHECKSUM_BYTES if zstandard.get_frame_parameters(view).has_checksum else 0), len(view))
+
+
+def _is_whole(view: memoryview) -> bool:
+    """Return whether all blocks of the frame that `view` starts with are there."""
+    at = zstandard.frame_header_size(view)
     is_last = False
     while not is_last:
-        if at + 3 > len(view):
-            return None
-        block = view[at] | view[at + 1] << 8 | view[at + 2] << 16
+        if at + _BLOCK_HEADER_BYTES > len(view):
+            return False
+        block = int.from_bytes(view[at : at + _BLOCK_HEADER_BYTES], "little")
         is_last = bool(block & 1)
-        kind = block >> 1 & 3
-        if kind == _BLOCK_RESERVED:
-            return None
-        at += 3 + (1 if kind == _BLOCK_RLE else block >> 3)
-    at += 4 if has_checksum else 0
-    return at if at <= len(view) else None
+        at += _BLOCK_HEADER_BYTES + (1 if block >> 1 & 3 == _BLOCK_RLE else block >> 3)
+    checksum_bytes = _CHECKSUM_BYTES if zstandard.get_frame_parameters(view).has_checksum else 0
+    return at + checksum_bytes <= len(view)

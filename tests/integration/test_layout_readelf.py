@@ -1,0 +1,107 @@
+"""Layouts against an independent reading: binutils' readelf, and the kernel's rules as arithmetic."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from loader_svc.image import LayoutConfig, MemoryType, plan_layout, read_elf
+
+WHOLE_TREE = os.environ.get("MODPRESSURE_TEST_WHOLE_TREE") == "1"
+SAMPLE = 60
+AREAS = [t.name for t in MemoryType]
+
+
+def by_readelf(path, *, kallsyms_all=True, module_unload=True):
+    """Return the seven unrounded sizes of a module by readelf's dump of its sections and symbols."""
+    dump = subprocess.run(
+        ["readelf", "-W", "-S", "-s", "-p", ".modinfo", str(path)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+    ).stdout
+    dump, _, modinfo = dump.partition("\nString dump of section")  # it may have lines that look like symbols
+    sections = []
+    for line in re.findall(r"^ +\[ *\d+\] (.*)$", dump, re.M):
+        fields = re.match(
+            r"(\S*) +([A-Z_0-9<>a-z:]+) +[0-9a-f]{16} [0-9a-f]+ ([0-9a-f]+) [0-9a-f]+ ([A-Za-z ]*?) +(\d+) ", line
+        )
+        if fields:
+            name, kind, size, flags, link = fields.groups()
+            sections.append([name, kind, int(size, 16), flags, int(link), int(line.split()[-1])])
+    size = dict.fromkeys(AREAS, 0)
+    core = set()
+
+    def up(value, alignment):
+        return -(-value // max(alignment, 1)) * max(alignment, 1)
+
+    def place(section, area):
+        size[area] = up(size[area], section[5]) + section[2]
+
+    for index, section in enumerate(sections):
+        name, _, _, flags, _, _ = section
+        if "A" not in flags or name in (".modinfo", "__versions"):
+            continue
+        if name == ".data..percpu":
+            core |= {index} if kallsyms_all else set()
+            continue
+        init = name.startswith(".init") or (name.startswith(".exit") and not module_unload)
+        late = name in (".data..ro_after_init", "__jump_table")
+        area = "TEXT" if "X" in flags else "RODATA" if "W" not in flags else "DATA"
+        area = "RO_AFTER_INIT" if late and area == "DATA" and not init else area
+        place(section, f"INIT_{area}" if init else area)
+        if not init and (kallsyms_all or "X" in flags):
+            core.add(index)
+    symtab = next(section for section in sections if section[1] == "SYMTAB")
+    symbols = re.findall(r"^ +\d+: \S+ +\S+ (\S+) +\S+ +\S+ +(\S+)(?: (\S*))?.*$", dump, re.M)
+    livepatch = "livepatch=" in modinfo
+    kept = [
+        "" if kind == "SECTION" else name
+        for index, (kind, where, name) in enumerate(symbols)
+        if index == 0 or livepatch or (kind != "SECTION" and name and where.isdigit() and int(where) in core)
+    ]
+    place(symtab, "INIT_DATA")
+    size["DATA"] = up(size["DATA"], symtab[5]) + 25 * len(kept) + sum(len(name.encode()) + 1 for name in kept)
+    place(sections[symtab[4]], "INIT_DATA")
+    size["INIT_DATA"] = up(size["INIT_DATA"], 8) + 32 + len(symbols)
+    return size
+
+
+def differing(paths):
+    wrong = {}
+    for path in paths:
+        layout = plan_layout(read_elf(path.read_bytes()))
+        got, expected = dict(zip(AREAS, layout.unrounded, strict=True)), by_readelf(path)
+        if got != expected:
+            wrong[path.name] = {area: (expected[area], got[area]) for area in AREAS if got[area] != expected[area]}
+    return wrong
+
+
+def test_golden_modules_agree_with_readelf(golden_modules):
+    assert differing(golden_modules) == {}
+
+
+def test_other_configurations_agree_with_readelf(golden_modules):
+    for path in golden_modules[::4]:
+        elf = read_elf(path.read_bytes())
+        for switches in ({"kallsyms_all": False}, {"module_unload": False}):
+            layout = plan_layout(elf, LayoutConfig(**switches))
+            assert dict(zip(AREAS, layout.unrounded, strict=True)) == by_readelf(path, **switches), (
+                path.name,
+                switches,
+            )
+
+
+def test_debian_modules_agree_with_readelf(cached_debian_modules, capsys):
+    if not cached_debian_modules:
+        pytest.skip("no Debian kernel in the cache (modpressure modules fetch-debian puts one there)")
+    sample = cached_debian_modules
+    if not WHOLE_TREE:
+        sample = random.Random(7).sample(sample, min(SAMPLE, len(sample)))
+    with capsys.disabled():
+        sys.stdout.write(f" {len(sample)} of {len(cached_debian_modules)} modules (seed 7) ")
+    assert differing(sample) == {}
