@@ -1,0 +1,158 @@
+"""Kernel identities: their text, a Module.symvers, and what a kernel's configuration says."""
+
+import lzma
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modpressure.errors import BadRequest, NotFound
+from modpressure.identity_files import identity_from, identity_names, load_identity, read_symvers, save_identity
+from modpressure.kernel.identity import ANY, BUILT_IN, ExportedSymbol, KernelIdentity
+from modpressure.kernel.identity_text import IdentityError, identity_of_config, parse_identity, render_identity
+from modpressure.kernel.symvers import SymversError, parse_symvers, render_symvers
+
+SYMVERS = """\
+0xf7370f56\tsystem_state\tvmlinux\tEXPORT_SYMBOL\t
+0xbea5ff1e\tstatic_key\tvmlinux\tEXPORT_SYMBOL_GPL\t
+0x00000007\tof_a_module\tfs/minix/minix\tEXPORT_SYMBOL\t
+0x179bf30f\tspi_thing\tvmlinux\tEXPORT_SYMBOL_GPL\tSPI_NS
+"""
+
+
+def test_a_symvers_gives_the_kernels_own_symbols_with_version_licence_and_namespace() -> None:
+    assert parse_symvers(SYMVERS.splitlines()) == {
+        "system_state": ExportedSymbol(0xF7370F56, False, ""),
+        "static_key": ExportedSymbol(0xBEA5FF1E, True, ""),
+        "spi_thing": ExportedSymbol(0x179BF30F, True, "SPI_NS"),
+    }
+    assert list(parse_symvers(SYMVERS.splitlines(), where="fs/minix/minix")) == ["of_a_module"]
+
+
+def test_zeros_for_versions_mean_that_there_are_none() -> None:
+    symbols = parse_symvers(["0x00000000\ta\tvmlinux\tEXPORT_SYMBOL\t", "0x00000000\tb\tvmlinux\tEXPORT_SYMBOL_GPL\t"])
+    assert symbols == {"a": ExportedSymbol(None), "b": ExportedSymbol(None, True)}
+
+
+@pytest.mark.parametrize("line", ["no tabs at all", "0xzz\ta\tvmlinux\tEXPORT_SYMBOL\t", "0x1\ta\tvmlinux\tOTHER\t"])
+def test_a_line_that_is_none_is_named(line: str) -> None:
+    with pytest.raises(SymversError, match="line 1 "):
+        parse_symvers([line])
+
+
+NAMES = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=20)
+
+
+@given(
+    st.builds(
+        KernelIdentity,
+        name=NAMES,
+        release=st.text(max_size=20),
+        vermagic=st.none() | st.text(max_size=40),
+        kallsyms_all=st.booleans(),
+        modversions=st.booleans(),
+        module_sig_force=st.booleans(),
+        decompressors=st.sampled_from([(), ("xz",), ("gzip", "zstd")]),
+        blacklist=st.frozensets(NAMES),
+        this_module_bytes=st.none() | st.integers(0, 9999),
+        page_bytes=st.sampled_from([4096, 16384]),
+    )
+)
+def test_what_is_written_is_read_back(identity: KernelIdentity) -> None:
+    assert parse_identity(render_identity(identity)) == (identity, "")
+
+
+@given(st.dictionaries(NAMES, st.builds(ExportedSymbol, st.integers(1, 2**32 - 1), st.booleans(), st.just("") | NAMES)))
+def test_symbols_are_read_back(symbols: dict[str, ExportedSymbol]) -> None:
+    assert parse_symvers(render_symvers(symbols).splitlines()) == symbols
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("release =", "not TOML"),
+        ("nonsense = 1", "'nonsense'"),
+        ("kallsyms = 1", "kallsyms = 1 is not true or false"),
+        ("page_bytes = 1000", "1000"),
+        ('page_bytes = "x"', "whole number"),
+        ("this_module_bytes = -1", "negative"),
+        ('decompressors = ["lzo"]', "'lzo'"),
+        ('blacklist = "pcspkr"', "list of texts"),
+        ('base = "beos"', "'beos'"),
+        ("symvers = 3", "symvers = 3"),
+    ],
+)
+def test_a_bad_text_is_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(IdentityError, match=said):
+        parse_identity(text)
+
+
+CONFIG = """\
+# Linux/x86 6.12.1 Kernel Configuration
+CONFIG_MODULES=y
+CONFIG_SMP=y
+CONFIG_PREEMPT_BUILD=y
+CONFIG_MODULE_UNLOAD=y
+CONFIG_MODVERSIONS=y
+CONFIG_KALLSYMS=y
+# CONFIG_KALLSYMS_ALL is not set
+CONFIG_STRICT_MODULE_RWX=y
+CONFIG_MODULE_COMPRESS=y
+CONFIG_MODULE_COMPRESS_ZSTD=y
+CONFIG_MODULE_DECOMPRESS=y
+"""
+
+
+def test_a_configuration_gives_switches_and_vermagic() -> None:
+    identity = identity_of_config(CONFIG.splitlines(), release="6.12.1-x")
+    assert identity.vermagic == "6.12.1-x SMP preempt mod_unload modversions "
+    assert identity.decompressors == ("zstd",)
+    assert (identity.kallsyms, identity.kallsyms_all, identity.module_force_load) == (True, False, False)
+    without = identity_of_config(CONFIG.replace("CONFIG_MODULE_DECOMPRESS=y\n", "").splitlines())
+    assert (without.decompressors, without.vermagic) == ((), "SMP preempt mod_unload modversions ")
+
+
+@pytest.mark.parametrize("text", ["", "nothing of the kind\n", "CONFIG_SMP=y\n"])
+def test_what_is_no_configuration_with_modules_is_refused(text: str) -> None:
+    with pytest.raises(IdentityError):
+        identity_of_config(text.splitlines())
+
+
+def test_an_identity_made_from_files_is_saved_and_loaded(tmp_path: Path) -> None:
+    config, symvers = tmp_path / "config-6.12.1-x", tmp_path / "Module.symvers.xz"
+    config.write_text(CONFIG)
+    symvers.write_bytes(lzma.compress(SYMVERS.encode()))
+    identity = identity_from(config, symvers, blacklist=frozenset({"pcspkr"}))
+    assert identity.release == "6.12.1-x"
+    assert identity.symbols is not None
+    assert len(identity.symbols) == 3
+    save_identity(identity, tmp_path / "mine.toml")
+    assert load_identity(str(tmp_path / "mine.toml")) == identity
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "Module.symvers.xz", "config-6.12.1-x", "mine.symvers", "mine.toml",
+    ]  # fmt: skip
+
+
+def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="debian-99"):
+        load_identity("debian-99")
+    with pytest.raises(NotFound, match=r"absent\.xz"):
+        read_symvers(tmp_path / "absent.xz")
+    broken = tmp_path / "broken.xz"
+    broken.write_bytes(b"no xz")
+    with pytest.raises(BadRequest, match=r"broken\.xz"):
+        read_symvers(broken)
+
+
+def test_the_built_in_ones_load_and_decompressors_are_chosen_as_a_kernel_would() -> None:
+    for name in identity_names():
+        assert load_identity(name).name == name
+    measured = load_identity("measured-6.12")
+    assert measured.symbols is not None
+    assert measured.symbols["module_layout"].crc
+    assert BUILT_IN["debian-12"].decompressor_for("xz") is None
+    assert BUILT_IN["debian-13"].decompressor_for("zstd") == "xz"
+    assert ANY.decompressor_for("zstd") == "zstd"
+    assert replace(ANY, decompressors=("zstd",)).decompressor_for(None) == "zstd"
