@@ -149,7 +149,8 @@ class ServiceSettings(Settings):
     )
     log_format: LogFormat = Field(
         default="auto",
-        description="How lines are logged: console for people, json for machines; auto: console on a terminal, else json.",
+        description="How lines are logged: console for people, json for machines; auto: console on a terminal, else"
+        " json.",
     )
 
 

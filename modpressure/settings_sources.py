@@ -148,7 +148,7 @@ def parse_settings(cls: type[S], argv: Sequence[str], prog: str) -> S:
         if field.annotation is bool:
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            several = {"action": "append"} if isinstance(field.default, list) else {}
+            several: dict[str, Any] = {"action": "append"} if isinstance(field.default, list) else {}
             parser.add_argument(flag(name), metavar=name.rpartition("_")[2].upper(), help=text, **several)
     given = vars(parser.parse_args(list(argv)))
     try:
