@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from modpressure.cli.output import OUTCOMES, console, plain, print_table, print_text, say, word_of
+from modpressure.cli.output import OUTCOMES, console, plain, print_table, print_text, word_of
 from modpressure.storm import StormResult, StormRun
 from modpressure.units import format_bytes
 from modpressure.v1.loader_service_pb2 import Storm, StormProgress, StormReady, StormSummary
@@ -39,8 +39,6 @@ class StormView:
             self._total = storm.duration.ToTimedelta().total_seconds()
 
     def __enter__(self) -> Self:
-        storm = self._storm
-        say(f"storm: {storm.workers} workers, {', '.join(storm.modules)}")
         if self._console.is_terminal:
             self._bar = Progress(
                 BarColumn(),
@@ -63,6 +61,8 @@ class StormView:
         """Tell that a loader is ready."""
         loaded = [call.module for call in ready.dependency_calls if not call.errno]
         before = f"; loaded before: {', '.join(loaded)}" if loaded else ""
+        if not self._started:
+            self._line(f"storm: {self._storm.workers} workers, {', '.join(self._storm.modules)}")
         self._line(f"{ready.loader or address} is ready{before}")
         self._started = self._last_line = self._clock()
 
