@@ -126,13 +126,14 @@ async def fetch_debian(
     Example:
       modpressure up --tree "$(modpressure modules fetch-debian)"
     """
-    from loader_svc.fetch_debian import fetch_debian as fetch  # type: ignore[import-not-found,unused-ignore]
+    from loader_svc.trees.debian import fetch_debian as fetch
 
-    directory = load_settings(LoaderSettings, {"cache_dir": cache_dir}, session.config).cache_dir
+    cache = load_settings(LoaderSettings, {"cache_dir": cache_dir}, session.config).cache_dir
+    say(f"unpacking {package or 'the newest kernel package'} below {cache}; the first time takes a while")
     try:
-        kernel = await asyncio.to_thread(fetch, package, directory, say)
+        kernel = await asyncio.to_thread(fetch, package, cache / "debian")
     except OSError as error:
-        raise ModpressureError(f"cannot unpack into {directory}: {error}") from error
+        raise ModpressureError(f"cannot unpack into {cache}: {error}") from error
     if session.json:
         print_json({"package": kernel.package, "version": kernel.version, "root": str(kernel.root)})
     else:
