@@ -18,7 +18,6 @@ _PAGE_BYTES: Final = 4096
 _BLOCK_BYTES: Final = 1 << 17
 _BLOCK_RLE: Final = 1
 _BLOCK_HEADER_BYTES: Final = 3
-_CHECKSUM_BYTES: Final = 4
 _NO_MACHINE_BYTES: Final = 1 << 40
 _WRAPPING_WINDOW_BYTES: Final = (1 << 64) - (1 << 31)
 
@@ -117,30 +116,33 @@ def _feeding_points(view: memoryview) -> Iterator[int]:
 
     Whatever is wrong with a block is the decoder's to find.
     """
-    at = min(zstandard.frame_header_size(view), len(view))
-    start = output_bytes = 0
-    is_last = False
-    while not is_last and at < len(view):
-        block = int.from_bytes(view[at : at + _BLOCK_HEADER_BYTES], "little")
-        is_last = bool(block & 1)
-        size = block >> 3
-        at = min(at + _BLOCK_HEADER_BYTES + (1 if block >> 1 & 3 == _BLOCK_RLE else size), len(view))
+    start = end = output_bytes = 0
+    has_last = False
+    for end, is_last in _block_ends(view):
+        has_last = is_last
         output_bytes += _BLOCK_BYTES
-        if output_bytes > CHUNK_BYTES - _BLOCK_BYTES or at - start > INPUT_BYTES:
-            yield at
-            start, output_bytes = at, 0
-    yield min(at + (_CHECKSUM_BYTES if zstandard.get_frame_parameters(view).has_checksum else 0), len(view))
+        if output_bytes > CHUNK_BYTES - _BLOCK_BYTES or end - start > INPUT_BYTES:
+            yield min(end, len(view))
+            start, output_bytes = end, 0
+    # After the last block its checksum; else what there is of a block header.
+    yield min(end + _checksum_bytes(view), len(view)) if has_last else len(view)
 
 
 def _is_whole(view: memoryview) -> bool:
-    """Return whether all blocks of the frame that `view` starts with are there."""
+    """Return whether the frame that `view` starts with is all there."""
+    return any(is_last and end + _checksum_bytes(view) <= len(view) for end, is_last in _block_ends(view))
+
+
+def _checksum_bytes(view: memoryview) -> int:
+    return 4 if zstandard.get_frame_parameters(view).has_checksum else 0
+
+
+def _block_ends(view: memoryview) -> Iterator[tuple[int, bool]]:
+    """Yield the end of every block of a frame, and whether it is the last, for the block headers that are in `view`."""
     at = zstandard.frame_header_size(view)
     is_last = False
-    while not is_last:
-        if at + _BLOCK_HEADER_BYTES > len(view):
-            return False
+    while not is_last and at + _BLOCK_HEADER_BYTES <= len(view):
         block = int.from_bytes(view[at : at + _BLOCK_HEADER_BYTES], "little")
         is_last = bool(block & 1)
         at += _BLOCK_HEADER_BYTES + (1 if block >> 1 & 3 == _BLOCK_RLE else block >> 3)
-    checksum_bytes = _CHECKSUM_BYTES if zstandard.get_frame_parameters(view).has_checksum else 0
-    return at + checksum_bytes <= len(view)
+        yield at, is_last

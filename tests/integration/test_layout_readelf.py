@@ -3,12 +3,15 @@
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from loader_svc.image import LayoutConfig, MemoryType, plan_layout, read_elf
+
+pytestmark = pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf (binutils) on this machine")
 
 WHOLE_TREE = os.environ.get("MODPRESSURE_TEST_WHOLE_TREE") == "1"
 SAMPLE = 60

@@ -364,6 +364,16 @@ def test_zstd_windows_have_limits():
     assert refusal(kernel, zstd_frame(content_bytes=1 << 30, blocks=rle(9)), "zstd") == "decompress: zstd window"
 
 
+def test_content_of_a_page_needs_no_zstd_window():
+    """A decoder unpacks it straight into the page, if the whole frame is there."""
+    header = b"\x28\xb5\x2f\xfd\x80" + bytes([(29 - 10) << 3])  # 512 MiB, and a content size of four bytes
+    small = header + struct.pack("<I", 4096) + rle(4096, last=True)
+    assert kernel(small, "zstd") == bytes(4096)
+    assert refusal(kernel, small[:-1], "zstd") == "decompress: zstd window"
+    large = header + struct.pack("<I", 4097) + rle(4097, last=True)
+    assert refusal(kernel, large, "zstd") == "decompress: zstd window"
+
+
 def test_a_zstd_window_that_no_memory_holds_is_no_memory():
     with pytest.raises(ImageError) as raised:
         kernel(zstd_frame(content_bytes=1 << 50, blocks=rle(9)), "zstd")
