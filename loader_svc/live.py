@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final
 
+from loader_svc.checks.caller import copy_failure, read_failure
+from loader_svc.checks.exports import Exporters, Nobody
 from loader_svc.image import Algorithm, ImageError, Layout, kernel_decompress, user_decompress
 from loader_svc.ledger_client import LedgerClient
 from loader_svc.memory import Area, Holdings, MemoryBudget, Meter, page_round
@@ -36,6 +38,7 @@ from loader_svc.steps import (
     Init,
     Inspect,
     Inspected,
+    Link,
     Read,
     ReserveName,
     Step,
@@ -57,9 +60,6 @@ _VERDICTS: Final = {
     pb.OperationResult.VERDICT_INTERRUPTED: Verdict.INTERRUPTED,
     pb.OperationResult.VERDICT_FAILED: Verdict.FAILED,
 }
-
-MIN_IMAGE_BYTES: Final = 64
-"""Shortest image that init_module accepts, an ELF header (kernel/module/main.c, ``copy_module_from_user``)."""
 
 _LAID_OUT: Final = (Outcome.LIVE, Outcome.LOAD, Outcome.INIT)
 
@@ -114,6 +114,9 @@ class Machine:
     budget: MemoryBudget
     meter: Meter
     loader: str = ""
+    exporters: Exporters = field(default_factory=Nobody)
+    """Who exports what the kernel itself does not. Which modules are live is for stats_svc to know, not what they
+    export, so this is what the tree has; it matters only if the kernel identity has symbols."""
     live_modules: dict[int, LiveModule] = field(default_factory=dict)
 
     def release(self, call_id: int) -> None:
@@ -233,6 +236,8 @@ class LiveCall:
                 self._taken_bytes = need_bytes
             case Allocate():
                 return self._allocate()
+            case Link():
+                return self._link()
             case Free("image"):
                 self._free_images()
             case Free("init"):
@@ -332,13 +337,14 @@ class LiveCall:
     def _read(self) -> Failure | None:
         plan = self._planned
         if self._caller_image is not None:
-            if plan.unpacked_bytes < MIN_IMAGE_BYTES:
-                return Failure("ENOEXEC", "kread: len", str(plan.unpacked_bytes))
+            failure = copy_failure(self._spec, plan.unpacked_bytes, self._machine.budget.limit_bytes)
+            if failure:
+                return failure
             self._file = Area(plan.unpacked_bytes, self._holdings)
             with memoryview(self._caller_image.pages) as view, view[: plan.unpacked_bytes] as source:
                 self._file.pages[: plan.unpacked_bytes] = source
             return None
-        failure = plan.failure_at("read")
+        failure = read_failure(self._spec, plan.failure_at("read"))
         if failure is None:
             self._file = self._read_file(self._holdings)
         return failure
@@ -386,6 +392,15 @@ class LiveCall:
                     with source[at : at + size_bytes] as section:
                         area.pages[to : to + size_bytes] = section
         return area
+
+    def _link(self) -> Failure | None:
+        linkage = self._planned.linkage
+        assert linkage is not None, "what could be laid out can be looked into"
+        return (
+            linkage.failure_before_symbols()
+            or linkage.resolve(self._machine.exporters).failure
+            or linkage.failure_after_symbols(self._spec, Nobody())
+        )
 
     def _free_images(self) -> None:
         for area in (self._file, self._image):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+from loader_svc.checks.caller import refusal
 from loader_svc.steps import (
     Admit,
     Allocate,
@@ -25,6 +26,7 @@ from loader_svc.steps import (
     Free,
     Init,
     Inspect,
+    Link,
     Read,
     ReserveName,
     Step,
@@ -48,6 +50,9 @@ def load_module(spec: CallSpec) -> Pipeline:
 
 
 def _steps(spec: CallSpec) -> Pipeline:
+    failure = refusal(spec)
+    if failure:
+        return _failed(Outcome.REFUSED, failure, spec.module)
     if spec.gated:
         answer = yield EnterGate(spec.inode)
         if answer.verdict is Verdict.SHARED:
@@ -84,6 +89,9 @@ def _steps(spec: CallSpec) -> Pipeline:
     answer = yield ReserveName(module)
     if answer.verdict is not Verdict.PROCEED:
         return _duplicate(Outcome.LOAD, answer, module)
+    failure = yield Link(module)
+    if failure:
+        return _failed(Outcome.LOAD, failure, module, reserved=True)
 
     # The copy of the file goes before init runs, not after: do_init_module may take its time.
     yield Free("image")

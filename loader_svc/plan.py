@@ -14,6 +14,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from loader_svc.checks.caller import file_failure
+from loader_svc.checks.early import early_failure, signature_failure
+from loader_svc.checks.linkage import Linkage
 from loader_svc.image import (
     Algorithm,
     ImageError,
@@ -29,13 +32,11 @@ from loader_svc.image import (
 from loader_svc.memory import page_round
 from loader_svc.steps import Failure
 from modpressure.errors import OverLimit
+from modpressure.kernel.identity import ANY, KernelIdentity
 from modpressure.kernel.outcome import MODULE_INIT_IGNORE_MODVERSIONS, MODULE_INIT_IGNORE_VERMAGIC
 
 MAX_PLANS = 8192
 """Plans that are remembered; the oldest goes first."""
-
-MAX_FILE_BYTES = 2**31 - 1
-"""Longest file that kernel_read_file accepts, INT_MAX (fs/kernel_read_file.c)."""
 
 
 class FileVersion(NamedTuple):
@@ -74,6 +75,9 @@ class Plan:
     """The module's name as struct module has it; empty where it can't be read."""
 
     layout: Layout | None = None
+    linkage: Linkage | None = None
+    """What it needs once its name is in the list; there whenever the layout is."""
+
     failed_stage: Stage | None = None
     failure: Failure | None = None
 
@@ -96,9 +100,13 @@ class Plan:
 class Plans:
     """Makes plans and remembers them. For use from several threads."""
 
-    def __init__(self, image_limit_bytes: int) -> None:
-        """``image_limit_bytes`` is the longest file, decompressed image or layout that is taken on."""
+    def __init__(self, image_limit_bytes: int, identity: KernelIdentity = ANY) -> None:
+        """``image_limit_bytes`` is the longest file, decompressed image or layout that is taken on.
+
+        ``identity`` is the kernel that the files are to be loaded into.
+        """
         self.image_limit_bytes = image_limit_bytes
+        self.identity = identity
         self._plans: OrderedDict[tuple[FileVersion, Algorithm | None, bool, int], Plan] = OrderedDict()
         # One at a time: making a plan takes memory that no budget counts, at most a file and its image.
         self._making = threading.Lock()
@@ -130,12 +138,10 @@ class Plans:
     ) -> Plan:
         size_bytes = version.size_bytes
         plan = Plan(version, is_packed=algorithm is not None)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return _failing(plan, "read", Failure("EINVAL", "kread: regular file", path))
-        if size_bytes <= 0:
-            return _failing(plan, "read", Failure("EINVAL", "kread: size", str(size_bytes)))
-        if size_bytes > MAX_FILE_BYTES:
-            return _failing(plan, "read", Failure("EFBIG", "kread: size", str(size_bytes)))
+        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        failure = file_failure(is_regular=is_regular, size_bytes=size_bytes, path=path)
+        if failure:
+            return _failing(plan, "read", failure)
         if size_bytes > self.image_limit_bytes:
             raise OverLimit(f"{path} has {size_bytes} bytes, the image limit is {self.image_limit_bytes} bytes")
         image = bytearray(size_bytes)
@@ -154,28 +160,49 @@ class Plans:
                 raise OverLimit(
                     f"{path} decompresses to more than the image limit of {self.image_limit_bytes} bytes"
                 ) from error
-        return _inspect(plan, image, ignored)
+        try:
+            return self._inspect(plan, image, ignored)
+        except ImageTooLarge as error:
+            raise OverLimit(f"{path}: {error}") from error
+
+    def _inspect(self, plan: Plan, image: bytearray, ignored: int) -> Plan:
+        identity = self.identity
+        with memoryview(image) as whole:
+            image_bytes, failure = len(image), None
+            if identity.module_sig:
+                image_bytes, signature = strip_signature(whole, mangled=bool(ignored))
+                failure = signature_failure(signature, identity)
+            plan = replace(plan, unpacked_bytes=len(image), image_bytes=image_bytes)
+            if failure:
+                return _failing(plan, "check", failure)
+            with whole[:image_bytes] as view:
+                try:
+                    elf = read_elf(view, this_module_bytes=identity.this_module_bytes)
+                except ImageError as error:
+                    return _failing(plan, "check", failure_of(error))
+                try:
+                    plan = replace(plan, module=elf.this_module_name)
+                    failure = early_failure(elf, identity, ignored)
+                    if failure:
+                        return _failing(plan, "check", failure)
+                    layout = plan_layout(elf, layout_config(identity, ignored))
+                    return replace(plan, layout=layout, linkage=Linkage.of(elf, layout, identity, ignored))
+                except ImageError as error:
+                    return _failing(plan, "layout", failure_of(error))
+                finally:
+                    elf.release()
 
 
-def _inspect(plan: Plan, image: bytearray, ignored: int) -> Plan:
-    with memoryview(image) as whole:
-        image_bytes, signature = strip_signature(whole, mangled=bool(ignored))
-        plan = replace(plan, unpacked_bytes=len(image), image_bytes=image_bytes)
-        if signature.errno:
-            return _failing(plan, "check", Failure(signature.errno, signature.check, signature.value))
-        with whole[:image_bytes] as view:
-            try:
-                elf = read_elf(view)
-            except ImageError as error:
-                return _failing(plan, "check", failure_of(error))
-            try:
-                plan = replace(plan, module=elf.this_module_name)
-                config = LayoutConfig(ignore_modversions=bool(ignored & MODULE_INIT_IGNORE_MODVERSIONS))
-                return replace(plan, layout=plan_layout(elf, config))
-            except ImageError as error:
-                return _failing(plan, "layout", failure_of(error))
-            finally:
-                elf.release()
+def layout_config(identity: KernelIdentity, flags: int) -> LayoutConfig:
+    """Return what of a kernel, and of a call's flags, changes a layout."""
+    return LayoutConfig(
+        kallsyms=identity.kallsyms,
+        kallsyms_all=identity.kallsyms_all,
+        module_unload=identity.module_unload,
+        ignore_modversions=bool(flags & MODULE_INIT_IGNORE_MODVERSIONS),
+        strict_rwx=identity.strict_module_rwx,
+        page_bytes=identity.page_bytes,
+    )
 
 
 def _failing(plan: Plan, stage: Stage, failure: Failure) -> Plan:

@@ -14,6 +14,29 @@ from modpressure.kernel.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """What the kernel may hold against a call besides its file: the caller's rights, descriptor and addresses."""
+
+    is_permitted: bool = True
+    """Whether it has CAP_SYS_MODULE, and loading is not switched off (sysctl kernel.modules_disabled)."""
+
+    descriptor: Literal["readable", "write-only", "path", "none"] = "readable"
+    """What finit_module is given: opened for reading or not, with O_PATH, or nothing that is open."""
+
+    is_written: bool = False
+    """Whether anybody has the file open for writing, this call's own descriptor included."""
+
+    length_bytes: int | None = None
+    """The length that init_module is told, where it is not the image's."""
+
+    is_image_unmapped: bool = False
+    """Whether init_module's image, or a part of it, is at no valid address."""
+
+    are_parameters_unmapped: bool = False
+    """Whether the parameters are at no valid address."""
+
+
+@dataclass(frozen=True, slots=True)
 class CallSpec:
     """What is asked of the simulated kernel: one finit_module or init_module."""
 
@@ -26,6 +49,8 @@ class CallSpec:
     policy: Policy
     syscall: Syscall
     flags: int = 0
+    parameters: str = ""
+    caller: Caller = Caller()
 
     @property
     def gated(self) -> bool:
@@ -108,6 +133,13 @@ class Allocate:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """Link the module to the kernel and to the modules that are live, and look at its parameters."""
+
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
 class Free:
     """Free: the ``image``, the ``init`` part of the layout, or ``all`` that the call still holds."""
 
@@ -129,7 +161,7 @@ class Finish:
 FileStep = Admit | Unpack | Read | Decompress | Inspect | Allocate
 """Steps that touch files or much memory; a live driver keeps them off its event loop."""
 
-Step = EnterGate | CheckName | ReserveName | FileStep | Free | Init | Finish
+Step = EnterGate | CheckName | ReserveName | FileStep | Link | Free | Init | Finish
 
 
 @dataclass(frozen=True, slots=True)

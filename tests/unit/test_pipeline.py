@@ -65,7 +65,7 @@ def words(steps: list[Step]) -> list[str]:
 
 
 HEAD = ["Admit", "Read", "Inspect"]
-TAIL = ["Allocate", "ReserveName", "Free image", "Init", "Finish", "Free init"]
+TAIL = ["Allocate", "ReserveName", "Link", "Free image", "Init", "Finish", "Free init"]
 
 
 @pytest.mark.parametrize(
