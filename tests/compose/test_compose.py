@@ -161,7 +161,7 @@ def check_summary(summary: dict[str, Any], events: list[Event]) -> None:
     What the modules depend on was loaded before, by the first loader, and is in the events alone.
     """
     calls = [event.call for event in events if event.HasField("call") and event.call.loader == summary["loader"]]
-    storm = [call for call in calls if call.worker]
+    storm = [call for call in calls if call.worker.startswith("worker-")]
     assert len(storm) == summary["calls"]
     assert sum(call.duplicate for call in storm) == summary["duplicates"]
     assert Counter(call.errno for call in storm) == Counter(
@@ -283,7 +283,7 @@ async def test_counts_hold_while_loaders_come_and_go_under_load(project: Project
     load = await project.start_client("load", "--json", "--system", "shrinking", "xfs")
     out, err = await load.communicate()
     assert load.returncode == 0, err.decode()
-    assert json.loads(out)["call"]["errno"] in ("", "EEXIST")
+    assert json.loads(out)["loads"][0]["error"] == ""
 
 
 async def test_the_volume_keeps_the_counts_over_down_and_up(project: Project) -> None:
@@ -315,4 +315,4 @@ async def test_modules_of_the_host_are_mounted_where_asked(project: Project, tmp
     load = await project.start_client("load", "--json", "--system", "mounted", "xfs")
     out, err = await load.communicate()
     assert load.returncode == 0, err.decode()
-    assert json.loads(out)["call"]["file"].endswith(".ko.xz")
+    assert json.loads(out)["loads"][0]["call"]["file"].endswith(".ko.xz")
