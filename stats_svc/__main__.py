@@ -1,0 +1,24 @@
+"""``python -m stats_svc``: the ledger and its statistics."""
+
+from __future__ import annotations
+
+import sys
+
+from modpressure import aio, log
+from modpressure.errors import ModpressureError
+from modpressure.settings import StatsSettings, parse_settings
+from stats_svc.server import serve
+
+
+def main() -> None:
+    """Serve until stopped; exit 0, or 1 with a sentence on standard error."""
+    settings = parse_settings(StatsSettings, sys.argv[1:], "stats_svc")
+    log.configure(settings.log_level, settings.log_format)
+    try:
+        aio.run(serve(settings))
+    except ModpressureError as error:
+        raise SystemExit(f"stats_svc: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

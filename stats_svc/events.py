@@ -1,0 +1,150 @@
+"""Reading events back out of their segments."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from threading import Lock
+from typing import Final
+
+from modpressure.v1 import ledger_service_pb2, stats_service_pb2
+from modpressure.v1.call_pb2 import Event
+from stats_svc.rows import LedgerStore, SegmentKind, StoredSegment
+
+SEGMENTS_AT_ONCE: Final = 4
+"""Segments that one query returns; each holds some thousand events at most."""
+
+MAX_SCANNED_EVENTS: Final = 50_000
+"""Events that are looked at for one page: with a rare filter a page ends before it is full."""
+
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of events after which a page ends."""
+
+_CACHED_SEGMENTS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class EventFilter:
+    """Which events are wanted; what is empty admits all."""
+
+    module: str = ""
+    outcomes: frozenset[int] = frozenset()
+    """Numbers of ``modpressure.v1.Outcome``; if there are any, only calls are wanted."""
+
+    def admits(self, event: Event) -> bool:
+        """Return whether ``event`` is wanted."""
+        if event.HasField("call"):
+            call = event.call
+            return (not self.outcomes or call.outcome in self.outcomes) and self.module in ("", call.module)
+        return not self.outcomes and self.module in ("", event.unload.module)
+
+
+@dataclass(frozen=True, slots=True)
+class EventPage:
+    """Some events, and the id of the last that was looked at; 0 if there are no more."""
+
+    events: list[Event]
+    last_event_id: int
+
+
+class EventLog:
+    """The events of all systems. Every method blocks, may run in any thread, and raises StoreError."""
+
+    def __init__(self, store: LedgerStore) -> None:
+        self._store = store
+        self._cache: OrderedDict[int, list[Event]] = OrderedDict()
+        self._lock = Lock()
+
+    def page(
+        self, system: str, wanted: EventFilter, *, limit: int, newest: bool, after_event_id: int, before_event_id: int
+    ) -> EventPage:
+        """Return at most ``limit`` events between two ids, both excluded; a ``before_event_id`` of 0 bounds nothing."""
+        events: list[Event] = []
+        size_bytes = 0
+        found = self._events(system, newest=newest, after_event_id=after_event_id, before=before_event_id)
+        for scanned, event in enumerate(found, 1):
+            if wanted.admits(event):
+                events.append(event)
+                size_bytes += event.ByteSize()
+            if len(events) >= limit or scanned >= MAX_SCANNED_EVENTS or size_bytes >= MAX_PAGE_BYTES:
+                return EventPage(events, event.event_id)
+        return EventPage(events, 0)
+
+    def find(self, system: str, instance_id: str, call_ids: Collection[int]) -> dict[int, int]:
+        """Return the event of each of some calls of a loader process that has left one, looking at the newest first.
+
+        Calls that were recorded in bulk are not found.
+        """
+        found: dict[int, int] = {}
+        missing = set(call_ids)
+        before: int | None = None
+        while missing:
+            segments = self._store.segments(
+                system, before_event_id=before, since_instance=instance_id, newest=True, limit=SEGMENTS_AT_ONCE
+            )
+            for segment in segments:
+                for event in self._decoded(system, segment):
+                    ended = event.call if event.HasField("call") else event.unload
+                    if ended.instance_id == instance_id and ended.call_id in missing:
+                        found[ended.call_id] = event.event_id
+                missing.difference_update(found)
+                before = segment.first_event_id
+            if len(segments) < SEGMENTS_AT_ONCE:
+                break
+        return found
+
+    def _events(self, system: str, *, newest: bool, after_event_id: int, before: int) -> Iterator[Event]:
+        while True:
+            segments = self._store.segments(
+                system,
+                after_event_id=after_event_id,
+                before_event_id=before or None,
+                newest=newest,
+                limit=SEGMENTS_AT_ONCE,
+            )
+            for segment in segments:
+                events: Iterable[Event] = self._decoded(system, segment)
+                for event in reversed(list(events)) if newest else events:
+                    if event.event_id > after_event_id and (not before or event.event_id < before):
+                        yield event
+                if newest:
+                    before = segment.first_event_id
+                else:
+                    after_event_id = segment.last_event_id
+            if len(segments) < SEGMENTS_AT_ONCE:
+                return
+
+    def _decoded(self, system: str, segment: StoredSegment) -> list[Event]:
+        """Return a segment's events, oldest first; they are shared and must not be changed."""
+        with self._lock:
+            events = self._cache.get(segment.number)
+            if events is not None:
+                self._cache.move_to_end(segment.number)
+                return events
+        events = decode(system, segment)
+        with self._lock:
+            self._cache[segment.number] = events
+            while len(self._cache) > _CACHED_SEGMENTS:
+                self._cache.popitem(last=False)
+        return events
+
+
+def decode(system: str, segment: StoredSegment) -> list[Event]:
+    """Return the events of a segment, oldest first and complete."""
+    events: list[Event] = []
+    if segment.kind == SegmentKind.EVENTS:
+        events.extend(stats_service_pb2.ListEventsResponse.FromString(segment.encoded).events)
+    else:
+        for call in ledger_service_pb2.RecordCalls.FromString(segment.encoded).calls:
+            event = Event(call=call)
+            event.call.instance_id = segment.instance_id
+            event.call.loader = segment.loader
+            events.append(event)
+    for event_id, event in enumerate(events, segment.first_event_id):
+        event.event_id = event_id
+        event.commit_time.FromNanoseconds(segment.commit_time_ns)
+        ended = event.call if event.HasField("call") else event.unload
+        ended.system = system
+        ended.event_id = event_id
+    return events

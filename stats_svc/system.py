@@ -1,0 +1,312 @@
+"""One simulated machine: its modules list, its gate, and what is noted when they change."""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+from modpressure.errors import BadRequest, NotNow
+from modpressure.kernel.counters import Counters
+from modpressure.kernel.gate import Gate
+from modpressure.kernel.modules_list import PROCEED, Answer, ModulesList, State, Verdict
+from modpressure.kernel.outcome import Outcome
+from modpressure.v1 import call_pb2
+from modpressure.v1 import ledger_service_pb2 as pb
+from stats_svc.group import Group
+from stats_svc.names import check_module_name, shown
+from stats_svc.rows import FailedDelta, ModuleRow, SegmentKind, SystemDelta, SystemRow
+from stats_svc.session import Instance
+
+Caller: TypeAlias = tuple[str, int]
+"""A call: instance id and call id."""
+
+Woken: TypeAlias = list[tuple[Caller, Answer]]
+
+_LIVE: Final[int] = Outcome.LIVE
+_BECOMING: Final[int] = Outcome.BECOMING
+_LOAD: Final[int] = Outcome.LOAD
+
+_SIZE_BITS: Final = 44
+"""Sizes are less than 16 TiB: more makes no sense, and a few of them would overflow a counter."""
+
+
+class System:
+    """A simulated machine, as the operations of all groups so far have left it.
+
+    Each change is also noted in the group that makes it. A method that may have to wait returns None for "later".
+    """
+
+    def __init__(self, row: SystemRow) -> None:
+        self.id = row.id
+        self.policy = row.policy
+        self.create_time_ns = row.create_time_ns
+        self.reset_time_ns = row.reset_time_ns
+        self.clear()
+        self._next_event_id = row.next_event_id
+        self.peak_held_bytes = row.peak_held_bytes
+
+    def clear(self) -> None:
+        """Make it as it was when it was new."""
+        self.modules: ModulesList[Caller] = ModulesList()
+        self.gate: Gate[Caller] = Gate()
+        self.gates_held: dict[Caller, str] = {}
+        """Calls that hold a gate, and its inode."""
+
+        self.peak_held_bytes = 0
+        self._places: dict[str, tuple[int, str]] = {}
+        """Of each entry of the list: the position at which it was inserted, and its loader's name."""
+
+        self._next_position = 1
+        self._next_event_id = 1
+
+    def restore(self, row: ModuleRow) -> None:
+        """Put an entry back as it was stored, as the newest."""
+        self.modules.restore(row.name, State(row.state), (row.instance_id, row.call_id), row.core_bytes)
+        self._places[row.name] = (row.position, row.loader)
+        self._next_position = row.position + 1
+
+    @property
+    def has_calls_in_flight(self) -> bool:
+        """True if a call holds a name that is not live or a gate, or waits for one."""
+        return bool(
+            self.gates_held
+            or self.modules.waiting
+            or self.gate.waiting
+            or any(entry.state is not State.LIVE for entry in self.modules)
+        )
+
+    def row(self) -> SystemRow:
+        """Return what is kept of it as the administrator sees it: without counters."""
+        return SystemRow(self.id, self.policy, self.create_time_ns, self.reset_time_ns)
+
+    # --- waiting and inserting ---
+
+    def enter(self, inode: str, caller: Caller) -> Answer | None:
+        """Enter the gate of an inode."""
+        answer = self.gate.enter(inode, caller)
+        if answer is not None:
+            self.gates_held[caller] = inode
+        return answer
+
+    def leave(self, caller: Caller, errno: str) -> Woken:
+        """Leave the gate, if the caller holds one, with its result."""
+        self.gates_held.pop(caller, None)
+        return self.gate.leave(caller, errno)
+
+    def give_gate_up(self, caller: Caller) -> Woken:
+        """Take the gate from a caller that never ended: the first who waits for its result works instead.
+
+        No result could be right for all: there is none. So they are as if the holder had never come.
+        """
+        inode = self.gates_held.get(caller, "")
+        entered: Woken = []
+        for waiter, _ in self.leave(caller, ""):
+            if self.enter(inode, waiter) is not None:
+                entered.append((waiter, Answer(Verdict.PROCEED, waited=True)))
+        return entered
+
+    def reserve(self, group: Group, name: str, caller: Caller, loader: str) -> Answer | None:
+        """Insert a name as unformed."""
+        is_new = self.modules.get(name) is None
+        answer = self.modules.reserve(name, caller)
+        if is_new:
+            self._insert(group, name, loader)
+        return answer
+
+    def _insert(self, group: Group, name: str, loader: str) -> None:
+        self._places[name] = (self._next_position, loader)
+        self._next_position += 1
+        self._put(group, name)
+
+    def _put(self, group: Group, name: str) -> None:
+        """Note the entry of ``name`` as it is now."""
+        entry = self.modules.get(name)
+        assert entry is not None
+        position, loader = self._places[name]
+        instance_id, call_id = entry.owner
+        self._delta(group).modules[name] = ModuleRow(
+            self.id, name, int(entry.state), instance_id, call_id, loader, entry.core_bytes, position
+        )
+
+    def remove(self, group: Group, name: str) -> Woken:
+        """Take an entry out of the list; those who wait for it are told EBUSY."""
+        del self._places[name]
+        self._delta(group).modules[name] = None
+        return self.modules.remove(name)
+
+    # --- ends of calls ---
+
+    def finish(self, group: Group, instance: Instance, call_id: int, finish: pb.FinishCall) -> tuple[int, Woken]:
+        """Count and log a call that has ended, and let go of what it held; return its event and who is woken.
+
+        BadRequest if the call makes no sense, NotNow if it is live but its name is another call's by now: its loader
+        was away for longer than its lease. Then nothing has changed.
+        """
+        call = finish.call
+        name = call.module
+        caller = (instance.id, call_id)
+        counters = Counters()
+        wasted_bytes = _count(counters, call)
+        is_live = call.outcome == _LIVE
+        entry = self.modules.get(name) if finish.reserved else None
+        if call.duplicate or is_live:
+            check_module_name(name)
+        if is_live:
+            if not finish.reserved:
+                raise BadRequest(f"call {call_id} can't be live: it has not inserted {shown(name)}", field="reserved")
+            if finish.core_bytes < 0 or finish.core_bytes >> _SIZE_BITS:
+                raise BadRequest(f"core_bytes {finish.core_bytes} is no size", field="core_bytes")
+            if entry is None:
+                # Its lease ended, but nobody has asked for the name since.
+                self.reserve(group, name, caller, instance.loader)
+            elif entry.owner != caller or entry.state is State.LIVE:
+                raise NotNow(f"call {call_id} lost the name {shown(name)} when its loader was away for too long")
+
+        delta = self._delta(group)
+        delta.counters.add(counters)
+        event_id = self._log_call(group, delta, instance, call_id, call)
+        if call.duplicate:
+            _add_failed(delta.failed, call, event_id, wasted_bytes)
+        woken: Woken = []
+        if is_live:
+            woken = self.modules.live(name, finish.core_bytes)
+            self._put(group, name)
+        elif entry is not None and entry.owner == caller and entry.state is not State.LIVE:
+            woken = self.remove(group, name)
+        return event_id, woken + self.leave(caller, call.errno)
+
+    def unload(self, group: Group, instance: Instance, call_id: int, unload: call_pb2.Unload) -> tuple[int, Answer]:
+        """Remove a live module; return the event that is left, 0 if it can't be removed, and the answer."""
+        name = unload.module
+        answer = self.modules.unload(name)
+        entry = self.modules.get(name)
+        if answer is not PROCEED or entry is None:
+            return 0, answer
+        group.released.append(entry.owner)
+        # Nobody waits for a module that is live.
+        self.remove(group, name)
+        delta = self._delta(group)
+        delta.counters.unloads += 1
+        event_id = self._take_event_ids(delta, 1)
+        segment = group.segment(delta, SegmentKind.EVENTS, event_id)
+        segment.count += 1
+        event = segment.events.events.add().unload
+        event.CopyFrom(unload)
+        event.instance_id = instance.id
+        event.call_id = call_id
+        event.loader = instance.loader
+        event.errno = ""
+        return event_id, answer
+
+    def record(self, group: Group, instance: Instance, record: pb.RecordCalls) -> None:
+        """Count and log calls that ended elsewhere. BadRequest if one makes no sense; then nothing has changed."""
+        calls = record.calls
+        if not calls:
+            return
+        counters = Counters()
+        failed: dict[str, FailedDelta] = {}
+        event_id = self._next_event_id
+        for call in calls:
+            wasted_bytes = _count(counters, call)
+            if call.duplicate:
+                if call.module not in failed:
+                    check_module_name(call.module)
+                _add_failed(failed, call, event_id, wasted_bytes)
+            event_id += 1
+        delta = self._delta(group)
+        delta.counters.add(counters)
+        for name, failures in failed.items():
+            known = delta.failed.get(name)
+            if known is None:
+                delta.failed[name] = failures
+            else:
+                known.becoming_count += failures.becoming_count
+                known.load_count += failures.load_count
+                known.wasted_bytes += failures.wasted_bytes
+        segment = group.segment(
+            delta,
+            SegmentKind.CALLS,
+            self._take_event_ids(delta, len(calls)),
+            instance_id=instance.id,
+            loader=instance.loader,
+        )
+        segment.count += len(calls)
+        segment.records.append(record)
+        group.weight += len(calls)
+
+    def check_record(self, record: pb.RecordCalls) -> None:
+        """Return if ``record`` would do. BadRequest if not."""
+        counters = Counters()
+        for call in record.calls:
+            _count(counters, call)
+            if call.duplicate:
+                check_module_name(call.module)
+
+    def _log_call(self, group: Group, delta: SystemDelta, instance: Instance, call_id: int, call: call_pb2.Call) -> int:
+        event_id = self._take_event_ids(delta, 1)
+        segment = group.segment(delta, SegmentKind.EVENTS, event_id)
+        segment.count += 1
+        event = segment.events.events.add().call
+        event.CopyFrom(call)
+        event.instance_id = instance.id
+        event.call_id = call_id
+        event.loader = instance.loader
+        return event_id
+
+    def _take_event_ids(self, delta: SystemDelta, count: int) -> int:
+        """Return the first of some ids that follow one another."""
+        event_id = self._next_event_id
+        self._next_event_id += count
+        delta.events += count
+        return event_id
+
+    def _delta(self, group: Group) -> SystemDelta:
+        delta = group.delta(self.id)
+        delta.peak_held_bytes = self.peak_held_bytes
+        return delta
+
+
+def _count(counters: Counters, call: call_pb2.Call) -> int:
+    """Count a call, and return the bytes that it wasted. BadRequest names a value that makes no sense."""
+    image_bytes = call.image_bytes
+    compressed_bytes = call.compressed_bytes
+    mod_bytes = call.mod_bytes
+    text_bytes = call.text_bytes
+    # One test for all: a negative one, or a huge one, leaves something of this.
+    if (image_bytes | compressed_bytes | mod_bytes | text_bytes) >> _SIZE_BITS:
+        raise _bad_size(call)
+    try:
+        return counters.add_call(
+            call.outcome,
+            syscall=call.syscall,
+            duplicate=call.duplicate,
+            image_bytes=image_bytes,
+            compressed_bytes=compressed_bytes,
+            mod_bytes=mod_bytes,
+            text_bytes=text_bytes,
+        )
+    except ValueError as error:
+        raise BadRequest(str(error), field="outcome") from None
+
+
+def _bad_size(call: call_pb2.Call) -> BadRequest:
+    for field in ("image_bytes", "compressed_bytes", "mod_bytes", "text_bytes"):
+        value = getattr(call, field)
+        if value >> _SIZE_BITS:
+            return BadRequest(f"{field} {value} is no size", field=field)
+    raise AssertionError(call)
+
+
+def _add_failed(failed: dict[str, FailedDelta], call: call_pb2.Call, event_id: int, wasted_bytes: int) -> None:
+    """Add a duplicate to its name's failures; where it was found tells which count."""
+    failures = failed.get(call.module)
+    if call.outcome == _BECOMING:
+        becoming, load = 1, 0
+    elif call.outcome == _LOAD:
+        becoming, load = 0, 1
+    else:
+        return
+    if failures is None:
+        failures = failed[call.module] = FailedDelta(event_id)
+    failures.becoming_count += becoming
+    failures.load_count += load
+    failures.wasted_bytes += wasted_bytes
