@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ PACKAGED: Final = ("measured-6.12",)
 
 _PACKAGE: Final = "modpressure.identities"
 _LONGEST_BYTES: Final = 64 << 20
+_RELEASE: Final = re.compile(r"config-(\d+\.\S+)")
 
 _OPENERS: Final[dict[str, Callable[[IO[bytes]], IO[bytes]]]] = {
     ".xz": lzma.LZMAFile,
@@ -91,7 +93,8 @@ def identity_from(
 
     The release is taken from the file's name where it is not given. NotFound, BadRequest.
     """
-    release = release or config.name.removeprefix("config-") * config.name.startswith("config-")
+    named = _RELEASE.fullmatch(config.name)
+    release = release or (named[1] if named else "")
     try:
         identity = identity_of_config(_text(config).splitlines(), release=release, name=name)
     except IdentityError as error:

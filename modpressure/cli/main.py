@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 
 from modpressure import __version__
-from modpressure.cli import counts, events, load, modules, storm, systems, up
+from modpressure.cli import counts, events, identity, load, modules, storm, systems, up, verify
 from modpressure.cli.output import print_json, print_text
 from modpressure.cli.session import JSON_HELP, help_of
 from modpressure.errors import BadRequest, ModpressureError
@@ -58,6 +58,8 @@ app.command(rich_help_panel=_LOOK)(events.events)
 app.command(rich_help_panel=_LOOK)(events.watch)
 app.add_typer(modules.app, rich_help_panel=_LOOK)
 app.add_typer(systems.app, rich_help_panel=_RUN)
+app.add_typer(identity.app, rich_help_panel=_LOOK)
+app.add_typer(verify.app, rich_help_panel=_LOOK)
 
 
 @app.command(rich_help_panel=_LOOK)
