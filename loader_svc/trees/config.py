@@ -84,7 +84,7 @@ def read_config(
 def _files(places: Sequence[Path]) -> dict[str, Path | None]:
     found: dict[str, Path | None] = {TREE_SOFTDEPS: None}
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):  # of pathlib's own, some errors come through
             found.setdefault(place.name, place)
             continue
         try:
@@ -93,7 +93,7 @@ def _files(places: Sequence[Path]) -> dict[str, Path | None]:
             continue
         for name in names:
             path = place / name
-            if not name.startswith(".") and name.endswith(SUFFIXES) and len(name) >= 6 and path.is_file():
+            if not name.startswith(".") and name.endswith(SUFFIXES) and len(name) >= 6 and os.path.isfile(path):
                 found.setdefault(name, path)
     return found
 

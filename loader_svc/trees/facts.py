@@ -25,6 +25,9 @@ import zstandard
 MAX_IMAGE_BYTES = 256 << 20
 """Longest image that is unpacked to be indexed; the largest of Debian has some 20 MiB."""
 
+MAX_SECTION_BYTES = 64 << 20
+"""Longest section that is read; the symbols of a module with all its debugging information are below 10 MiB."""
+
 _VERSION_BYTES = 64  # struct modversion_info: an unsigned long, and the name in the rest
 _SPARC = (2, 43)  # EM_SPARC, EM_SPARCV9
 _STT_REGISTER = 13  # on sparc: undefined, but no symbol that another module could give
@@ -192,11 +195,13 @@ class _Reader:
         return tuple(wanted)
 
     def _contents(self, index: int) -> bytes | None:
-        """Bytes of a section; None if it doesn't lie within the file."""
+        """Return the bytes of a section; None if it doesn't lie within the file or is longer than any."""
         elf = self._class
         header = struct.unpack_from(self._order + elf.section, self._image, self._table_at + index * elf.section_bytes)
-        start, end = header[4], header[4] + header[5]
-        return self._image[start:end] if end <= len(self._image) else None
+        start, size = header[4], header[5]
+        if start + size > len(self._image) or size > MAX_SECTION_BYTES:
+            return None
+        return self._image[start : start + size]
 
     def _array(self, kind: str, contents: bytes) -> array[int]:
         """``contents`` as numbers of ``kind`` ("H", "I") in the file's byte order."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 _WILD = re.compile(r"[*?\[]")
 _CLASSES = {
@@ -96,6 +98,8 @@ def _bracket(pattern: str, at: int) -> tuple[str, int]:
             at = end + 2
             continue
         low, at = _member(pattern, at)
+        if low == pattern[at - 1 :] == "\\" or pattern[at:] == "-":
+            return _NOTHING, len(pattern)  # cut off within a member
         if pattern[at : at + 1] == "-" and pattern[at + 1 : at + 2] not in ("", "]"):
             high, at = _member(pattern, at + 1)
             if low <= high:
@@ -110,6 +114,29 @@ def _member(pattern: str, at: int) -> tuple[str, int]:
     if pattern[at] == "\\" and at + 1 < len(pattern):
         at += 1
     return pattern[at], at + 1
+
+
+class FirstMatch(Generic[T]):
+    """Lines of a pattern and a value each, of which the first that matches a text counts."""
+
+    def __init__(self, lines: Iterable[tuple[str, T]]) -> None:
+        self._literal: dict[str, tuple[int, T]] = {}
+        self._wild: list[tuple[int, str, T]] = []
+        for place, (pattern, value) in enumerate(lines):
+            if any(special in pattern for special in "*?[\\"):
+                self._wild.append((place, pattern, value))
+            else:
+                self._literal.setdefault(pattern, (place, value))
+
+    def find(self, text: str) -> T | None:
+        """Return the value of the first line whose pattern ``text`` matches; None if there is none."""
+        literal = self._literal.get(text)
+        for place, pattern, value in self._wild:
+            if literal is not None and literal[0] < place:
+                break
+            if matches(pattern, text):
+                return value
+        return literal[1] if literal is not None else None
 
 
 class _Entry(NamedTuple):
@@ -154,23 +181,31 @@ class PatternTable:
         return [value for pattern in reversed(walked) for value in by_pattern[pattern]]
 
     def _places(self, text: str) -> Iterable[int]:
-        if _WILD.search(text):
-            return self._places_of_wild_text(text)
-        places = list(self._literal.get(text, ()))
-        for length in range(min(len(text), self._longest) + 1):
-            rest = text[length:]
-            places += [entry.place for entry in self._wild.get(text[:length], ()) if matches(entry.rest, rest)]
-        return places
+        wild = _WILD.search(text)
+        if wild is not None:
+            return self._places_of_wild_text(text, wild.start())
+        return [*self._literal.get(text, ()), *self._wild_places(text, len(text) + 1)]
 
-    def _places_of_wild_text(self, text: str) -> list[int]:
-        """Places for a text that has wildcards itself: libkmod may meet a pattern by letter and as a pattern, twice.
+    def _wild_places(self, text: str, end: int) -> list[int]:
+        """Find the places of patterns that ``text`` matches and whose first wildcard comes before ``end``."""
+        return [
+            entry.place
+            for length in range(min(end, self._longest + 1))
+            for entry in self._wild.get(text[:length], ())
+            if matches(entry.rest, text[length:])
+        ]
 
-        Its tree of letters has a node where patterns part or end. At a node it tries all that goes on with a wildcard
-        as patterns, and then goes on by letter, be that one a wildcard too; between nodes a wildcard ends the walk.
+    def _places_of_wild_text(self, text: str, start: int) -> list[int]:
+        """Find the places for a text with wildcards of its own, the first at ``start``.
+
+        libkmod may meet a pattern by letter and as a pattern, twice. Its tree of letters has a node where patterns part
+        or end. At a node it tries all that goes on with a wildcard as patterns, and then goes on by letter, be that one
+        a wildcard too; between nodes a wildcard ends the walk.
         """
-        places: list[int] = []
-        alive = list(enumerate(self._patterns))
-        for length in range(len(text) + 1):
+        places = self._wild_places(text, start)
+        known = text[:start]
+        alive = [(place, pattern) for place, pattern in enumerate(self._patterns) if pattern.startswith(known)]
+        for length in range(start, len(text) + 1):
             going_on = {pattern[length] for _, pattern in alive if len(pattern) > length}
             ended = [place for place, pattern in alive if len(pattern) == length]
             rest = text[length:]

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from loader_svc.trees.config import ModprobeConfig
 from loader_svc.trees.index import TreeIndex
 from loader_svc.trees.names import module_name, normal_alias
-from loader_svc.trees.patterns import PatternTable, matches
+from loader_svc.trees.patterns import FirstMatch, PatternTable, matches
 
 
 class ModuleRef(NamedTuple):
@@ -51,7 +51,9 @@ class Resolver:
         self._places = {name: place for place, name in enumerate(index.names())}
         self._builtin = frozenset(index.builtin)
         self._blacklist = frozenset(config.blacklist)
-        self._softdeps: dict[str, tuple[list[ModuleRef], list[ModuleRef]]] = {}
+        self._softdep_lines = FirstMatch((line.module, (line.pre, line.post)) for line in config.softdeps)
+        self._install_lines = FirstMatch(config.install)
+        self._found_by_softdeps: dict[str, tuple[list[ModuleRef], list[ModuleRef]]] = {}
 
     @property
     def places(self) -> dict[str, int]:
@@ -101,10 +103,7 @@ class Resolver:
 
     def softdeps(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return what the module ``name`` would like loaded before and after it, as written: the first line counts."""
-        for softdep in self._config.softdeps:
-            if matches(softdep.module, name):
-                return softdep.pre, softdep.post
-        return (), ()
+        return self._softdep_lines.find(name) or ((), ())
 
     def steps(self, ref: ModuleRef, options: str = "") -> list[LoadStep]:
         """List what modprobe does for one result of a lookup, with ``options`` of the caller's for that module."""
@@ -151,14 +150,14 @@ class Resolver:
         return [ModuleRef(module_name(self._index.paths[other])) for other in reversed(self._index.depends[place])]
 
     def _found_softdeps(self, name: str) -> tuple[list[ModuleRef], list[ModuleRef]]:
-        found = self._softdeps.get(name)
+        found = self._found_by_softdeps.get(name)
         if found is None:
             pre, post = self.softdeps(name)
             found = (
                 [ref for text in pre for ref in self.lookup(text)],
                 [ref for text in post for ref in self.lookup(text)],
             )
-            self._softdeps[name] = found
+            self._found_by_softdeps[name] = found
         return found
 
     def _options(self, ref: ModuleRef) -> str:
@@ -171,14 +170,22 @@ class Resolver:
         path = self._index.paths[place] if place is not None else ""
         # A command stands for the soft dependencies too, so it doesn't run where these are configured.
         if not any(self._found_softdeps(ref.name)):
-            for pair in self._config.install:
-                if matches(pair.name, ref.name):
-                    return LoadStep("install", ref.name, path, options, pair.value, required)
+            command = self._command(ref, found_by_command=ref.alias is None and not path)
+            if command is not None:
+                return LoadStep("install", ref.name, path, options, command, required)
         if path:
             return LoadStep("insmod", ref.name, path, options, required=required)
         if ref.builtin or ref.name in self._builtin:
             return LoadStep("builtin", ref.name, required=required)
         return None
+
+    def _command(self, ref: ModuleRef, found_by_command: bool) -> str | None:
+        """Return the command to run instead of loading ``ref``; None for none. The first that fits counts.
+
+        What has no file but was found by its very name was found by its own line, which counts before any pattern.
+        """
+        own = (pair.value for pair in self._config.install if found_by_command and pair.name == ref.name)
+        return next(own, None) or self._install_lines.find(ref.name)
 
 
 def _table(patterns: list[str], modules: list[str]) -> PatternTable:

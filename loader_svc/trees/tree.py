@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,10 @@ class ModuleTree:
         self._index = index
         self._config = config
         self._resolver = Resolver(index, config)
-        self._outside = {module_name(path): path for path in index.outside}
+        paths = {name: index.paths[place] for name, place in self._resolver.places.items()}
+        self._outside = {
+            module_name(path): path for path in index.outside if paths.get(module_name(path), path) == path
+        }
 
     @property
     def root(self) -> Path:
@@ -215,16 +220,22 @@ def open_tree(
 
 def _tree_root(root: Path) -> Path:
     """Find the directory of the tree that ``root`` means."""
-    if not root.exists():
-        raise TreeNotFound(f"there is no directory {str(root)!r}")
-    if not root.is_dir():
+    try:
+        mode = os.stat(root).st_mode
+    except (FileNotFoundError, ValueError):
+        raise TreeNotFound(f"there is no directory {str(root)!r}") from None
+    except OSError as error:
+        raise TreeNotFound(f"{str(root)!r} can't be looked into: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
         raise TreeNotFound(f"{str(root)!r} is not a directory")
     if looks_like_tree(root):
         return root
     for below in ("lib/modules", "usr/lib/modules"):
-        if not (root / below).is_dir():
+        try:
+            with os.scandir(root / below) as entries:
+                releases = sorted(entry.name for entry in entries if entry.is_dir())
+        except OSError:
             continue
-        releases = sorted(path.name for path in (root / below).iterdir() if path.is_dir())
         if len(releases) == 1:
             return root / below / releases[0]
         if releases:
