@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 Action = Callable[[], None]
+Task = Callable[[], int | None]
 
 DEFAULT_SLICE_NS: Final = 3_000_000
 """How long a CPU stays with one task while others wait for it (the kernel's base slice on a few CPUs)."""
@@ -37,41 +37,55 @@ class Clock:
             self.now_ns = max(self.now_ns, until_ns)
 
 
-@dataclass(slots=True)
-class _Work:
-    cost_ns: int
-    done: Action
-
-
-@dataclass(slots=True)
 class Cpus:
-    """CPUs that take turns at work, a slice at a time. Work that costs nothing is done at its turn."""
+    """CPUs that take turns at tasks, a slice at a time.
 
-    clock: Clock
-    count: int | None = None
-    """None for as many as are needed."""
+    A task is called to do its next piece of work at once, and returns how long that keeps the CPU busy, in ns, or None
+    when it leaves the CPU: because it waits or because it has ended.
+    """
 
-    slice_ns: int = DEFAULT_SLICE_NS
-    _busy: int = 0
-    _queue: deque[_Work] = field(default_factory=deque)
+    def __init__(self, clock: Clock, count: int | None = None, slice_ns: int = DEFAULT_SLICE_NS) -> None:
+        """``count`` None means as many CPUs as there are tasks."""
+        self._clock = clock
+        self._count = count
+        self._slice_ns = slice_ns
+        self._busy = 0
+        self._queue: deque[tuple[Task, int]] = deque()
 
-    def work(self, cost_ns: int, done: Action) -> None:
-        """Have ``cost_ns`` of work done on some CPU, and then ``done`` called."""
-        self._queue.append(_Work(cost_ns, done))
-        self.clock.at(self.clock.now_ns, self._dispatch)
+    def enter(self, task: Task) -> None:
+        """Have a task called in its turn."""
+        self._queue.append((task, 0))
+        self._clock.at(self._clock.now_ns, self._dispatch)
 
     def _dispatch(self) -> None:
-        while self._queue and (self.count is None or self._busy < self.count):
-            work = self._queue.popleft()
+        while self._queue and (self._count is None or self._busy < self._count):
+            task, owed_ns = self._queue.popleft()
             self._busy += 1
-            spent_ns = work.cost_ns if self.count is None else min(work.cost_ns, self.slice_ns)
-            self.clock.at(self.clock.now_ns + spent_ns, partial(self._after, work, spent_ns))
+            self._stay(task, owed_ns, self._slice_ns)
 
-    def _after(self, work: _Work, spent_ns: int) -> None:
-        self._busy -= 1
-        work.cost_ns -= spent_ns
-        if work.cost_ns > 0:
-            self._queue.append(work)
+    def _stay(self, task: Task, owed_ns: int, left_ns: int) -> None:
+        """Go on with a task that owes some time for what it did, and has some left of its slice."""
+        while not owed_ns:
+            cost_ns = task()
+            if cost_ns is None:
+                self._leave()
+                return
+            owed_ns = cost_ns
+        spent_ns = owed_ns if self._count is None else min(owed_ns, left_ns)
+        self._clock.at(
+            self._clock.now_ns + spent_ns, partial(self._spent, task, owed_ns - spent_ns, left_ns - spent_ns)
+        )
+
+    def _spent(self, task: Task, owed_ns: int, left_ns: int) -> None:
+        if left_ns > 0:
+            self._stay(task, owed_ns, left_ns)
+        elif self._queue:
+            self._queue.append((task, owed_ns))
+            self._leave()
         else:
-            work.done()
-        self._dispatch()
+            self._stay(task, owed_ns, self._slice_ns)
+
+    def _leave(self) -> None:
+        self._busy -= 1
+        if self._queue:
+            self._clock.at(self._clock.now_ns, self._dispatch)

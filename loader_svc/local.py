@@ -16,7 +16,7 @@ from loader_svc.checks import caller as entry
 from loader_svc.checks.exports import Exporter, as_exported
 from loader_svc.checks.linkage import OWNER_PATIENCE_SECONDS
 from loader_svc.checks.parameters import arguments
-from loader_svc.clock import Clock, Cpus
+from loader_svc.clock import DEFAULT_SLICE_NS, Clock, Cpus
 from loader_svc.image import Algorithm, algorithm_of
 from loader_svc.init_results import InitResults
 from loader_svc.memory import page_round
@@ -92,6 +92,7 @@ class LocalCall:
     algorithm: Algorithm | None = None
     held_bytes: int = 0
     _pipeline: Pipeline | None = None
+    _answer: Any = None
     _wait: str = ""
     """What it waits for: ``gate``, ``list``, ``owner``, or nothing."""
     _linking: Link | None = None
@@ -126,9 +127,13 @@ class LocalMachine:
         init_results: InitResults | None = None,
         plans: Plans | None = None,
         cpus: int | None = None,
+        slice_ns: int = DEFAULT_SLICE_NS,
         cost: Cost = no_cost,
     ) -> None:
-        """``plans`` may be shared with other machines of the same identity; ``cpus`` None means as many as needed."""
+        """``plans`` may be shared with other machines of the same identity; ``cpus`` None means as many as needed.
+
+        ``slice_ns`` is how long a CPU stays with one call while others want it.
+        """
         self.identity = identity
         self.clock = Clock()
         self.counters = Counters()
@@ -142,7 +147,7 @@ class LocalMachine:
         self._owner_waits: dict[str, list[LocalCall]] = {}
         self._init_results = init_results or InitResults()
         self._plans = plans or Plans(IMAGE_LIMIT_BYTES, identity)
-        self._cpus = Cpus(self.clock, cpus)
+        self._cpus = Cpus(self.clock, cpus, slice_ns)
         self._cost = cost
 
     # --- what can be asked of it ---
@@ -210,33 +215,33 @@ class LocalMachine:
         self._start(call)
 
     def _start(self, call: LocalCall) -> None:
-        call._pipeline = load_module(call.spec)
-        self._cpus.work(0, partial(self._advance, call, None))
+        call._pipeline, call._answer = load_module(call.spec), None
+        self._cpus.enter(partial(self._advance, call))
 
-    def _advance(self, call: LocalCall, answer: Any) -> None:
-        """Take a call through its next steps, until one takes time or has to wait."""
+    def _advance(self, call: LocalCall) -> int | None:
+        """Take a call through its next steps, until one takes time (return how much, in ns) or has to wait (None)."""
         assert call._pipeline is not None
         while True:
             if call._linking is not None:
                 step: Step = call._linking
             else:
                 try:
-                    step = call._pipeline.send(answer)
+                    step = call._pipeline.send(call._answer)
                 except StopIteration as end:
                     self._end(call, end.value)
-                    return
-            answer = self._carry_out(call, step)
-            if answer is _LATER:
-                return
+                    return None
+            call._answer = self._carry_out(call, step)
+            if call._answer is _LATER:
+                return None
             cost_ns = self._cost(step, call)
             if cost_ns:
-                self._cpus.work(cost_ns, partial(self._advance, call, answer))
-                return
+                return cost_ns
 
     def _resume(self, call: LocalCall, answer: Any) -> None:
         call._wait = ""
         call._waits += 1
-        self._cpus.work(0, partial(self._advance, call, answer))
+        call._answer = answer
+        self._cpus.enter(partial(self._advance, call))
 
     def _wake(self, woken: list[tuple[LocalCall, Answer]]) -> None:
         for call, answer in woken:

@@ -29,7 +29,7 @@ ScriptOption = Annotated[Path, typer.Option("--script", metavar="SCRIPT", help="
 FilesOption = Annotated[
     list[Path], typer.Option("--files", metavar="DIR", help="Directory with the files; more may follow.")
 ]
-MoreFiles = Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="More directories with files.")]
+MoreFiles = Annotated[list[Path] | None, typer.Argument(metavar="DIR", help="More directories with files.")]
 InitOption = Annotated[
     Path | None,
     typer.Option("--init", metavar="FILE", help="CSV with what init functions return, and how long they take."),
@@ -85,6 +85,34 @@ def waits(
 
     kernel = load_identity(identity)
     _show(verify_waits(script, csv, [*files, *(more or ())], _init_results(init), kernel), json=json)
+
+
+@app.command()
+def storms(
+    csv: CsvOption,
+    files: FilesOption,
+    more: MoreFiles = None,
+    identity: IdentityOption = DEFAULT_IDENTITY,
+    json: JsonOption = False,
+) -> None:
+    """Compare what many workers released together come to: exactly what is no race, in its order what is one."""
+    from loader_svc.verify import verify_storms
+
+    _show(verify_storms(csv, [*files, *(more or ())], load_identity(identity)), json=json)
+
+
+@app.command()
+def stress(
+    csv: CsvOption,
+    files: FilesOption,
+    more: MoreFiles = None,
+    identity: IdentityOption = DEFAULT_IDENTITY,
+    json: JsonOption = False,
+) -> None:
+    """Compare what workers that load and unload again and again come to: totals and what must add up."""
+    from loader_svc.verify import verify_stress
+
+    _show(verify_stress(csv, [*files, *(more or ())], load_identity(identity)), json=json)
 
 
 @app.command()

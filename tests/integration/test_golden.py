@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from loader_svc.init_results import InitResults
-from loader_svc.verify import Agreement, verify_failures, verify_layout, verify_stats, verify_waits
+from loader_svc.verify import (
+    Agreement,
+    verify_failures,
+    verify_layout,
+    verify_stats,
+    verify_storms,
+    verify_stress,
+    verify_waits,
+)
 from modpressure.identity_files import load_identity
 from modpressure.kernel.identity import KernelIdentity
 
@@ -53,6 +61,26 @@ def test_sizes_of_modules(golden: Path, identity: KernelIdentity, name: str, row
     agreement = verify_layout(golden / f"layout-{name}.csv", golden / "ko" / name, identity)
     assert differing(agreement) == []
     assert agreement.total == rows
+
+
+@pytest.mark.slow
+def test_storms(golden: Path, identity: KernelIdentity) -> None:
+    agreement = verify_storms(golden / "storms.csv", [golden / "ko" / "storm", golden / "bad-inputs"], identity)
+    assert differing(agreement) == []
+    assert agreement.total == 261 + 39  # rows, and groups of repetitions of one module
+
+
+def test_stress_workers(golden: Path, identity: KernelIdentity) -> None:
+    directories = [golden / "ko" / "storm", golden / "bad-inputs"]
+    agreement = verify_stress(golden / "stress-workers.csv", directories, identity)
+    assert differing(agreement) == []
+    assert agreement.total == 8
+
+
+def test_texts_of_whole_boots_are_rebuilt_to_the_byte(golden: Path) -> None:
+    agreement = verify_stats(sorted((golden / "boots").glob("stats-*.txt")))
+    assert differing(agreement) == []
+    assert agreement.total == 33
 
 
 def test_texts_are_rebuilt_to_the_byte(golden: Path) -> None:
