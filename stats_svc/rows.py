@@ -117,18 +117,6 @@ class StoredSegment:
 
 
 @dataclass(slots=True)
-class FailedDelta:
-    """What is to be added to a name's failures as a duplicate."""
-
-    first_event_id: int
-    """The event of the first of these failures: it places the name if it is new to the list."""
-
-    becoming_count: int = 0
-    load_count: int = 0
-    wasted_bytes: int = 0
-
-
-@dataclass(slots=True)
 class SystemDelta:
     """What is to be added to one system."""
 
@@ -137,11 +125,26 @@ class SystemDelta:
     peak_held_bytes: int = 0
     """The peak as it is now; the stored one only ever rises."""
 
-    failed: dict[str, FailedDelta] = field(default_factory=dict)
+    first_event_id: int = 0
+    """The first of these events; it places the names of ``failed`` after all that failed before."""
+
+    failed: dict[str, FailedModule] = field(default_factory=dict)
+    """Failures as a duplicate to be added to a name's, in the order in which the names first failed."""
+
     modules: dict[str, ModuleRow | None] = field(default_factory=dict)
     """Entries of the modules list as they are now, None for one that is gone."""
 
     segments: list[Segment] = field(default_factory=list)
+
+    def add(self, counters: Counters, failed: dict[str, FailedModule]) -> None:
+        """Add what some calls count."""
+        self.counters.add(counters)
+        for name, failures in failed.items():
+            known = self.failed.get(name)
+            if known is None:
+                self.failed[name] = failures
+            else:
+                known.add(failures)
 
 
 @dataclass(slots=True)
@@ -206,7 +209,7 @@ class LedgerStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FailedRow:
-    """A name that was a duplicate, and its place in the list."""
+    """A name that was a duplicate, and its place in the list: the newest name has the highest."""
 
-    first_event_id: int
+    position: int
     module: FailedModule

@@ -68,7 +68,7 @@ failed_modules = sa.Table(
     metadata,
     _system(),
     sa.Column("module", _Text, primary_key=True),
-    _number("first_event_id"),
+    _number("position"),
     _number("becoming_count"),
     _number("load_count"),
     _number("wasted_bytes"),

@@ -117,12 +117,12 @@ class StatsServicer(StatsServiceServicer):
             size = page_size(request.page_size)
             before = number_position(request.page_token, "failed", system) or None
             await self._system(system)
-            rows = await self._read(lambda: self._store.failed_modules(system, before_event_id=before, limit=size + 1))
+            rows = await self._read(lambda: self._store.failed_modules(system, before_position=before, limit=size + 1))
         response = pb.ListFailedModulesResponse(
             modules=[convert.failed_module_to_proto(row.module) for row in rows[:size]]
         )
         if len(rows) > size:
-            response.next_page_token = page_token(rows[size - 1].first_event_id, "failed", system)
+            response.next_page_token = page_token(rows[size - 1].position, "failed", system)
         return response
 
     async def ListLoadedModules(

@@ -146,8 +146,10 @@ class SqlStore:
                     gone.append({"the_system": system, "the_name": name})
                 else:
                     put.append(dict(zip(_MODULE_COLUMNS, _fields(row), strict=True)))
-            for name, failures in delta.failed.items():
-                failed.append({"system": system, "module": name, **asdict(failures)})
+            failed += [
+                {"system": system, "position": position, **asdict(failures)}
+                for position, failures in enumerate(delta.failed.values(), delta.first_event_id)
+            ]
             segments += [self._segment_values(system, segment, now_ns) for segment in delta.segments]
         _execute(connection, statements.remove_module, gone)
         _execute(connection, statements.put_module, put)
@@ -193,10 +195,10 @@ class SqlStore:
             row = self._system(connection, system)
             return None if row is None else (row, _failed(connection, system, None, None))
 
-    def failed_modules(self, system: str, *, before_event_id: int | None, limit: int) -> list[FailedRow]:
-        """Return failed modules, newest first, whose first failure was before an event."""
+    def failed_modules(self, system: str, *, before_position: int | None, limit: int) -> list[FailedRow]:
+        """Return failed modules, newest first, from before a position in the list."""
         with self._database.errors(), self._database.reader.connect() as connection:
-            return _failed(connection, system, before_event_id, limit)
+            return _failed(connection, system, before_position, limit)
 
     def modules(self, system: str, *, before_position: int | None, limit: int) -> list[ModuleRow]:
         """Return entries of the modules list, newest first, that were inserted before a position."""
@@ -338,12 +340,12 @@ def _system_row(row: Row[Any]) -> SystemRow:
     return SystemRow(**values, counters=counters)
 
 
-def _failed(connection: Connection, system: str, before_event_id: int | None, limit: int | None) -> list[FailedRow]:
+def _failed(connection: Connection, system: str, before_position: int | None, limit: int | None) -> list[FailedRow]:
     table = schema.failed_modules
-    query = sa.select(table).where(table.c.system == system).order_by(table.c.first_event_id.desc()).limit(limit)
-    if before_event_id is not None:
-        query = query.where(table.c.first_event_id < before_event_id)
+    query = sa.select(table).where(table.c.system == system).order_by(table.c.position.desc()).limit(limit)
+    if before_position is not None:
+        query = query.where(table.c.position < before_position)
     return [
-        FailedRow(row.first_event_id, FailedModule(row.module, row.becoming_count, row.load_count, row.wasted_bytes))
+        FailedRow(row.position, FailedModule(row.module, row.becoming_count, row.load_count, row.wasted_bytes))
         for row in connection.execute(query)
     ]

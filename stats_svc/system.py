@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from modpressure.errors import BadRequest, NotNow
-from modpressure.kernel.counters import Counters
+from modpressure.kernel.counters import SIZE_BITS, Counters, FailedModule
 from modpressure.kernel.gate import Gate
 from modpressure.kernel.modules_list import PROCEED, Answer, ModulesList, State, Verdict
 from modpressure.kernel.outcome import Outcome
@@ -13,7 +14,7 @@ from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.group import Group
 from stats_svc.names import check_module_name, shown
-from stats_svc.rows import FailedDelta, ModuleRow, SegmentKind, SystemDelta, SystemRow
+from stats_svc.rows import ModuleRow, SegmentKind, SystemDelta, SystemRow
 from stats_svc.session import Instance
 
 Caller: TypeAlias = tuple[str, int]
@@ -22,11 +23,6 @@ Caller: TypeAlias = tuple[str, int]
 Woken: TypeAlias = list[tuple[Caller, Answer]]
 
 _LIVE: Final[int] = Outcome.LIVE
-_BECOMING: Final[int] = Outcome.BECOMING
-_LOAD: Final[int] = Outcome.LOAD
-
-_SIZE_BITS: Final = 44
-"""Sizes are less than 16 TiB: more makes no sense, and a few of them would overflow a counter."""
 
 
 class System:
@@ -144,16 +140,14 @@ class System:
         call = finish.call
         name = call.module
         caller = (instance.id, call_id)
-        counters = Counters()
-        wasted_bytes = _count(counters, call)
+        counters, failed = _count((call,))
         is_live = call.outcome == _LIVE
         entry = self.modules.get(name) if finish.reserved else None
-        if call.duplicate or is_live:
-            check_module_name(name)
         if is_live:
+            check_module_name(name)
             if not finish.reserved:
                 raise BadRequest(f"call {call_id} can't be live: it has not inserted {shown(name)}", field="reserved")
-            if finish.core_bytes < 0 or finish.core_bytes >> _SIZE_BITS:
+            if finish.core_bytes < 0 or finish.core_bytes >> SIZE_BITS:
                 raise BadRequest(f"core_bytes {finish.core_bytes} is no size", field="core_bytes")
             if entry is None:
                 # Its lease ended, but nobody has asked for the name since.
@@ -162,10 +156,8 @@ class System:
                 raise NotNow(f"call {call_id} lost the name {shown(name)} when its loader was away for too long")
 
         delta = self._delta(group)
-        delta.counters.add(counters)
+        delta.add(counters, failed)
         event_id = self._log_call(group, delta, instance, call_id, call)
-        if call.duplicate:
-            _add_failed(delta.failed, call, event_id, wasted_bytes)
         woken: Woken = []
         if is_live:
             woken = self.modules.live(name, finish.core_bytes)
@@ -202,26 +194,9 @@ class System:
         calls = record.calls
         if not calls:
             return
-        counters = Counters()
-        failed: dict[str, FailedDelta] = {}
-        event_id = self._next_event_id
-        for call in calls:
-            wasted_bytes = _count(counters, call)
-            if call.duplicate:
-                if call.module not in failed:
-                    check_module_name(call.module)
-                _add_failed(failed, call, event_id, wasted_bytes)
-            event_id += 1
+        counters, failed = _count(calls)
         delta = self._delta(group)
-        delta.counters.add(counters)
-        for name, failures in failed.items():
-            known = delta.failed.get(name)
-            if known is None:
-                delta.failed[name] = failures
-            else:
-                known.becoming_count += failures.becoming_count
-                known.load_count += failures.load_count
-                known.wasted_bytes += failures.wasted_bytes
+        delta.add(counters, failed)
         segment = group.segment(
             delta,
             SegmentKind.CALLS,
@@ -235,11 +210,7 @@ class System:
 
     def check_record(self, record: pb.RecordCalls) -> None:
         """Return if ``record`` would do. BadRequest if not."""
-        counters = Counters()
-        for call in record.calls:
-            _count(counters, call)
-            if call.duplicate:
-                check_module_name(call.module)
+        _count(record.calls)
 
     def _log_call(self, group: Group, delta: SystemDelta, instance: Instance, call_id: int, call: call_pb2.Call) -> int:
         event_id = self._take_event_ids(delta, 1)
@@ -255,6 +226,8 @@ class System:
     def _take_event_ids(self, delta: SystemDelta, count: int) -> int:
         """Return the first of some ids that follow one another."""
         event_id = self._next_event_id
+        if not delta.events:
+            delta.first_event_id = event_id
         self._next_event_id += count
         delta.events += count
         return event_id
@@ -265,48 +238,14 @@ class System:
         return delta
 
 
-def _count(counters: Counters, call: call_pb2.Call) -> int:
-    """Count a call, and return the bytes that it wasted. BadRequest names a value that makes no sense."""
-    image_bytes = call.image_bytes
-    compressed_bytes = call.compressed_bytes
-    mod_bytes = call.mod_bytes
-    text_bytes = call.text_bytes
-    # One test for all: a negative one, or a huge one, leaves something of this.
-    if (image_bytes | compressed_bytes | mod_bytes | text_bytes) >> _SIZE_BITS:
-        raise _bad_size(call)
+def _count(calls: Iterable[call_pb2.Call]) -> tuple[Counters, dict[str, FailedModule]]:
+    """Return what some calls add to the counters and to the failed modules. BadRequest if one makes no sense."""
+    counters = Counters()
+    failed: dict[str, FailedModule] = {}
     try:
-        return counters.add_call(
-            call.outcome,
-            syscall=call.syscall,
-            duplicate=call.duplicate,
-            image_bytes=image_bytes,
-            compressed_bytes=compressed_bytes,
-            mod_bytes=mod_bytes,
-            text_bytes=text_bytes,
-        )
+        counters.add_calls(calls, failed)
     except ValueError as error:
-        raise BadRequest(str(error), field="outcome") from None
-
-
-def _bad_size(call: call_pb2.Call) -> BadRequest:
-    for field in ("image_bytes", "compressed_bytes", "mod_bytes", "text_bytes"):
-        value = getattr(call, field)
-        if value >> _SIZE_BITS:
-            return BadRequest(f"{field} {value} is no size", field=field)
-    raise AssertionError(call)
-
-
-def _add_failed(failed: dict[str, FailedDelta], call: call_pb2.Call, event_id: int, wasted_bytes: int) -> None:
-    """Add a duplicate to its name's failures; where it was found tells which count."""
-    failures = failed.get(call.module)
-    if call.outcome == _BECOMING:
-        becoming, load = 1, 0
-    elif call.outcome == _LOAD:
-        becoming, load = 0, 1
-    else:
-        return
-    if failures is None:
-        failures = failed[call.module] = FailedDelta(event_id)
-    failures.becoming_count += becoming
-    failures.load_count += load
-    failures.wasted_bytes += wasted_bytes
+        raise BadRequest(str(error), field="call") from None
+    for name in failed:
+        check_module_name(name)
+    return counters, failed

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Final, Protocol
 
 from modpressure.kernel.outcome import Outcome, Syscall
+
+SIZE_BITS: Final = 44
+"""Sizes are less than 16 TiB: more makes no sense, and a few of them would overflow a stored counter."""
+
+
+class EndedCall(Protocol):
+    """What is counted of a call, under the names that ``modpressure.v1.Call`` has."""
+
+    @property
+    def module(self) -> str: ...  # noqa: D102
+    @property
+    def outcome(self) -> int: ...  # noqa: D102
+    @property
+    def syscall(self) -> int: ...  # noqa: D102
+    @property
+    def duplicate(self) -> bool: ...  # noqa: D102
+    @property
+    def image_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def compressed_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def mod_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def text_bytes(self) -> int: ...  # noqa: D102
 
 
 @dataclass(slots=True)
@@ -100,6 +126,89 @@ class Counters:
             return 0
         raise ValueError(f"there is no outcome number {outcome}")
 
+    def add_calls(self, calls: Iterable[EndedCall], failed: dict[str, FailedModule]) -> None:
+        """Count many calls, each as ``add_call`` would, and add those that were duplicates to ``failed``.
+
+        ValueError names an outcome that there is not, or a size that is negative or beyond ``SIZE_BITS``; the counters
+        are then in between. The same rules as in ``add_call``, written out a second time because this runs for each
+        event of a simulation: reading a field of a message costs as much as adding it, and calling a function more.
+        """
+        live, becoming, load, shared = (
+            Outcome.LIVE.value,
+            Outcome.BECOMING.value,
+            Outcome.LOAD.value,
+            Outcome.SHARED.value,
+        )
+        count = lives = total_mod_bytes = total_text_bytes = shares = duplicates = 0
+        becomings = becoming_bytes = loads = load_bytes = load_image_bytes = 0
+        for call in calls:
+            count += 1
+            outcome = call.outcome
+            if outcome == live:
+                mod_bytes = call.mod_bytes
+                text_bytes = call.text_bytes
+                if (mod_bytes | text_bytes) >> SIZE_BITS:
+                    raise _bad_size(call)
+                lives += 1
+                total_mod_bytes += mod_bytes
+                total_text_bytes += text_bytes
+                duplicates += call.duplicate
+            elif outcome in (becoming, load):
+                image_bytes = call.image_bytes
+                compressed_bytes = call.compressed_bytes
+                if (image_bytes | compressed_bytes) >> SIZE_BITS:
+                    raise _bad_size(call)
+                wasted_bytes = image_bytes + compressed_bytes
+                if outcome == becoming:
+                    becomings += 1
+                    becoming_bytes += wasted_bytes
+                else:
+                    wasted_bytes += image_bytes
+                    loads += 1
+                    load_bytes += wasted_bytes
+                    load_image_bytes += image_bytes
+                if call.duplicate:
+                    duplicates += 1
+                    name = call.module
+                    module = failed.get(name)
+                    if module is None:
+                        module = failed[name] = FailedModule(name)
+                    if outcome == becoming:
+                        module.becoming_count += 1
+                    else:
+                        module.load_count += 1
+                    module.wasted_bytes += wasted_bytes
+            elif outcome == shared:
+                shares += 1
+                duplicates += call.duplicate
+            else:
+                image_bytes = call.image_bytes
+                compressed_bytes = call.compressed_bytes
+                if (image_bytes | compressed_bytes) >> SIZE_BITS:
+                    raise _bad_size(call)
+                self.add_call(
+                    outcome,
+                    syscall=call.syscall,
+                    duplicate=call.duplicate,
+                    image_bytes=image_bytes,
+                    compressed_bytes=compressed_bytes,
+                    mod_bytes=0,
+                    text_bytes=0,
+                )
+                # It has been counted.
+                count -= 1
+        self.calls += count
+        self.modcount += lives
+        self.total_mod_size += total_mod_bytes
+        self.total_text_size += total_text_bytes
+        self.failed_becoming += becomings
+        self.invalid_becoming_bytes += becoming_bytes
+        self.failed_load_modules += loads
+        self.invalid_mod_bytes += load_bytes
+        self.invalid_mod_image_bytes += load_image_bytes
+        self.shared_calls += shares
+        self.duplicates += duplicates
+
     def add(self, other: Counters) -> None:
         """Add every counter of ``other`` to this one."""
         for name in COUNTER_NAMES:
@@ -132,3 +241,15 @@ class FailedModule:
         if self.becoming_count and self.load_count:
             return "Becoming & Load"
         return "Becoming" if self.becoming_count else "Load"
+
+    def add(self, other: FailedModule) -> None:
+        """Add the failures of ``other`` to these."""
+        self.becoming_count += other.becoming_count
+        self.load_count += other.load_count
+        self.wasted_bytes += other.wasted_bytes
+
+
+def _bad_size(call: EndedCall) -> ValueError:
+    sizes = ("image_bytes", "compressed_bytes", "mod_bytes", "text_bytes")
+    name = next(name for name in sizes if getattr(call, name) >> SIZE_BITS)
+    return ValueError(f"{name} {getattr(call, name)} is no size")
