@@ -139,8 +139,9 @@ def test_the_kernels_buffer_cuts_the_text_within_a_row(count: int) -> None:
 
 def test_a_row_that_is_cut_in_two_stays_cut() -> None:
     counters, failed = duplicates(100)
-    counters.modcount, counters.total_mod_size, counters.total_text_size = 67, 10**12, 10**12
-    counters.invalid_becoming_bytes = 10**15
+    for module in failed:
+        # Longer than its column, so that the rows take more than their budget soon.
+        module.module += "_with_a_long_name_to_it"
     text = mainline(counters, failed, kernel_buffer=True)
     assert len(text) == 1024 + 64 * 100 - 1
     assert not text.endswith("\n")
