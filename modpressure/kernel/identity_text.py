@@ -1,7 +1,17 @@
 """The text of a kernel identity (TOML), and what a kernel's own ``.config`` says of one.
 
-The text has the fields of ``KernelIdentity`` under their own names; what it leaves out is as in the identity that its
-``base`` names, or as in ``any``. The exported symbols are in a file of their own, a Module.symvers.
+::
+
+    release = "6.12.1-example"                 what is left out is as in the identity that ``base`` names, or as in any
+    vermagic = "6.12.1-example SMP preempt mod_unload modversions "
+    struct_module_bytes = 1280
+    decompressors = ["zstd"]
+    blacklist = ["pcspkr"]
+    symvers = "Module.symvers"                 the exported symbols, relative to this file
+    origins = ["linux-image-6.12.1 1.0"]       where all this is from; of no consequence
+
+    [config]
+    MODVERSIONS = true                         switches under their names in the kernel's configuration
 """
 
 from __future__ import annotations
@@ -9,32 +19,43 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from modpressure.kernel.identity import ANY, BUILT_IN, KernelIdentity
 
-SYMVERS_KEY: Final = "symvers"
-"""Names the file with the exported symbols, relative to the text's own."""
-
-_FIELDS: Final = tuple(field.name for field in fields(KernelIdentity) if field.name != "symbols")
-_KINDS: Final[dict[str, tuple[type, ...]]] = {
-    name: (str,) if name == "vermagic" else (int,) if name == "this_module_bytes" else (type(getattr(ANY, name)),)
-    for name in _FIELDS
+_FIELDS: Final = {
+    "name": "name",
+    "release": "release",
+    "vermagic": "vermagic",
+    "struct_module_bytes": "this_module_bytes",
+    "page_bytes": "page_bytes",
+    "percpu_reserve_bytes": "percpu_reserve_bytes",
+    "decompressors": "decompressors",
+    "blacklist": "blacklist",
+    "trust_signatures": "trust_signatures",
+    "signatures_enforced": "module_sig_force",
 }
+"""Keys of the text, and the fields that they are."""
+
+_OTHER_KEYS: Final = ("base", "symvers", "origins", "config")
+
+_WHOLE_NUMBERS: Final = ("struct_module_bytes", "page_bytes", "percpu_reserve_bytes")
+_LISTS: Final = {"decompressors": tuple, "blacklist": frozenset, "origins": tuple}
+_SWITCHES: Final = ("trust_signatures", "signatures_enforced")
 
 _CONFIG: Final = {
-    "kallsyms": "KALLSYMS",
-    "kallsyms_all": "KALLSYMS_ALL",
-    "module_unload": "MODULE_UNLOAD",
-    "strict_module_rwx": "STRICT_MODULE_RWX",
-    "modversions": "MODVERSIONS",
-    "module_force_load": "MODULE_FORCE_LOAD",
-    "allow_missing_namespace_imports": "MODULE_ALLOW_MISSING_NAMESPACE_IMPORTS",
-    "livepatch": "LIVEPATCH",
-    "module_sig": "MODULE_SIG",
-    "module_sig_force": "MODULE_SIG_FORCE",
-    "smp": "SMP",
+    "KALLSYMS": "kallsyms",
+    "KALLSYMS_ALL": "kallsyms_all",
+    "LIVEPATCH": "livepatch",
+    "MODULE_ALLOW_MISSING_NAMESPACE_IMPORTS": "allow_missing_namespace_imports",
+    "MODULE_FORCE_LOAD": "module_force_load",
+    "MODULE_SIG": "module_sig",
+    "MODULE_SIG_FORCE": "module_sig_force",
+    "MODULE_UNLOAD": "module_unload",
+    "MODVERSIONS": "modversions",
+    "SMP": "smp",
+    "STRICT_MODULE_RWX": "strict_module_rwx",
 }
 
 _COMPRESSIONS: Final = {"GZIP": "gzip", "XZ": "xz", "ZSTD": "zstd"}
@@ -53,49 +74,64 @@ def parse_identity(text: str) -> tuple[KernelIdentity, str]:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise IdentityError(f"the kernel identity is not TOML: {error}") from None
-    symvers = document.pop(SYMVERS_KEY, "")
-    if not isinstance(symvers, str):
-        raise IdentityError(f"{SYMVERS_KEY} = {symvers!r} is not the name of a file")
-    base = document.pop("base", ANY.name)
+    for key, value in document.items():
+        _check(key, value)
+    base = document.get("base", ANY.name)
     if base not in BUILT_IN:
         raise IdentityError(f"there is no kernel identity {base!r}; there are {', '.join(BUILT_IN)}")
-    return replace(BUILT_IN[base], **{name: _value(name, value) for name, value in document.items()}), symvers
+    fields = {_CONFIG[option]: value for option, value in document.get("config", {}).items() if option in _CONFIG}
+    if document.get("release"):
+        fields["name"] = document["release"]
+    fields |= {_FIELDS[key]: _value(key, value) for key, value in document.items() if key in _FIELDS}
+    return replace(BUILT_IN[base], **fields), document.get("symvers", "")
 
 
-def _value(name: str, value: Any) -> Any:
-    if name not in _KINDS:
-        raise IdentityError(f"a kernel identity has no {name!r}; it has {', '.join(_FIELDS)}")
-    kinds = _KINDS[name]
-    if kinds[0] in (tuple, frozenset):
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            if name == "decompressors" and (unknown := set(value) - set(_COMPRESSIONS.values())):
-                raise IdentityError(f"decompressors names {min(unknown)!r}; there are gzip, xz, zstd")
-            return kinds[0](value)
-        raise IdentityError(f"{name} = {value!r} is not a list of texts")
-    if type(value) not in kinds:
-        raise IdentityError(f"{name} = {value!r} is not {_KIND_WORDS[kinds[0]]}")
-    if type(value) is int and value < 0:
-        raise IdentityError(f"{name} = {value} is negative")
-    if name == "page_bytes" and (value < 512 or value & (value - 1)):
-        raise IdentityError(f"page_bytes = {value} is not a power of two from 512 on")
-    return value
+def _check(key: str, value: Any) -> None:
+    """Raise IdentityError unless this is a key with a value of its kind."""
+    if key not in _FIELDS and key not in _OTHER_KEYS:
+        raise IdentityError(f"a kernel identity has no {key!r}; it has {', '.join([*_FIELDS, *_OTHER_KEYS])}")
+    if key == "config":
+        _check_config(value)
+    elif key in _LISTS:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise IdentityError(f"{key} = {value!r} is not a list of texts")
+        if key == "decompressors" and (unknown := set(value) - set(_COMPRESSIONS.values())):
+            raise IdentityError(f"decompressors names {min(unknown)!r}; there are gzip, xz, zstd")
+    elif key in _WHOLE_NUMBERS:
+        if type(value) is not int or value < 0:
+            raise IdentityError(f"{key} = {value!r} is not a whole number from 0 on")
+        if key == "page_bytes" and (value < 512 or value & (value - 1)):
+            raise IdentityError(f"page_bytes = {value} is not a power of two from 512 on")
+    elif key in _SWITCHES:
+        if not isinstance(value, bool):
+            raise IdentityError(f"{key} = {value!r} is not true or false")
+    elif not isinstance(value, str):
+        raise IdentityError(f"{key} = {value!r} is not a text")
 
 
-_KIND_WORDS: Final = {str: "a text", bool: "true or false", int: "a whole number"}
+def _check_config(options: Any) -> None:
+    if not isinstance(options, dict):
+        raise IdentityError(f"config = {options!r} is not a table")
+    for option, value in options.items():
+        if option in _CONFIG and not isinstance(value, bool):
+            raise IdentityError(f"config: {option} = {value!r} is not true or false")
+
+
+def _value(key: str, value: Any) -> Any:
+    return _LISTS[key](value) if key in _LISTS else value
 
 
 def render_identity(identity: KernelIdentity, *, symvers: str = "") -> str:
     """Return the text of an identity, its symbols aside; ``symvers`` names the file that has them."""
     lines = ["# What a simulated kernel is to the modules that are loaded into it."]
-    for name in _FIELDS:
-        value = getattr(identity, name)
-        if value is None:
+    for key, field in _FIELDS.items():
+        value = getattr(identity, field)
+        if value is None or field in _CONFIG.values():
             continue
-        if isinstance(value, frozenset):
-            value = sorted(value)
-        lines.append(f"{name} = {_toml(value)}")
+        lines.append(f"{key} = {_toml(sorted(value) if isinstance(value, frozenset) else value)}")
     if symvers:
-        lines.append(f"{SYMVERS_KEY} = {_toml(symvers)}")
+        lines.append(f"symvers = {_toml(symvers)}")
+    lines += ["", "[config]", *(f"{option} = {_toml(getattr(identity, field))}" for option, field in _CONFIG.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +151,7 @@ def identity_of_config(lines: Iterable[str], *, release: str = "", name: str = "
         raise IdentityError("the kernel configuration sets no option (CONFIG_...=)")
     if options.get("MODULES") != "y":
         raise IdentityError("the kernel is built without modules (CONFIG_MODULES is not y)")
-    switches = {field: options.get(option) == "y" for field, option in _CONFIG.items()}
+    switches = {field: options.get(option) == "y" for option, field in _CONFIG.items()}
     decompressors = tuple(
         algorithm for option, algorithm in _COMPRESSIONS.items() if options.get(f"MODULE_COMPRESS_{option}") == "y"
     )

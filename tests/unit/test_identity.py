@@ -74,14 +74,17 @@ def test_symbols_are_read_back(symbols: dict[str, ExportedSymbol]) -> None:
     [
         ("release =", "not TOML"),
         ("nonsense = 1", "'nonsense'"),
-        ("kallsyms = 1", "kallsyms = 1 is not true or false"),
+        ("[config]\nKALLSYMS = 1", "KALLSYMS = 1 is not true or false"),
+        ("config = 1", "not a table"),
+        ("trust_signatures = 1", "trust_signatures = 1 is not true or false"),
         ("page_bytes = 1000", "1000"),
         ('page_bytes = "x"', "whole number"),
-        ("this_module_bytes = -1", "negative"),
+        ("struct_module_bytes = -1", "struct_module_bytes = -1"),
         ('decompressors = ["lzo"]', "'lzo'"),
         ('blacklist = "pcspkr"', "list of texts"),
         ('base = "beos"', "'beos'"),
         ("symvers = 3", "symvers = 3"),
+        ("origins = 3", "origins = 3"),
     ],
 )
 def test_a_bad_text_is_refused_by_name(text: str, said: str) -> None:
@@ -133,6 +136,12 @@ def test_an_identity_made_from_files_is_saved_and_loaded(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "Module.symvers.xz", "config-6.12.1-x", "mine.symvers", "mine.toml",
     ]  # fmt: skip
+
+
+def test_what_a_kernel_is_configured_with_stands_under_its_own_names() -> None:
+    text = 'release = "1"\norigins = ["a 1"]\nsignatures_enforced = true\n[config]\nMODVERSIONS = false\nHZ = "250"\n'
+    identity, _ = parse_identity(text)
+    assert (identity.release, identity.module_sig_force, identity.modversions) == ("1", True, False)
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
