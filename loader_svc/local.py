@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -311,7 +312,7 @@ class LocalMachine:
         descriptor = call.open()
         try:
             if spec.flags & MODULE_INIT_COMPRESSED_FILE:
-                packed = algorithm_of(call.path)
+                packed = algorithm_of(call.path, _head(descriptor))
                 call.algorithm = self.identity.decompressor_for(packed)  # type: ignore[assignment]
             call.plan = self._plans.of(descriptor, call.path, call.algorithm, by_kernel=by_kernel, flags=spec.flags)
         finally:
@@ -459,6 +460,13 @@ class LocalMachine:
             failed.becoming_count += ending.outcome is Outcome.BECOMING
             failed.load_count += ending.outcome is Outcome.LOAD
             failed.wasted_bytes += wasted_bytes
+
+
+def _head(descriptor: int) -> bytes:
+    """Return what a file begins with, nothing of what is none."""
+    with suppress(OSError):
+        return os.pread(descriptor, 6, 0)
+    return b""
 
 
 def _length_bytes(call: LocalCall) -> int:
