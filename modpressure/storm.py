@@ -120,6 +120,8 @@ class StormRun:
                 await asyncio.gather(*(self._send(address, RunStormRequest(start=StartStorm())) for address in shares))
                 await asyncio.gather(*(self._follow(address, result) for address in shares))
                 result.interrupted = self._stop_asked.is_set()
+                # In the order of the loaders, not of their end.
+                result.summaries = {each: result.summaries[each] for each in shares if each in result.summaries}
             return result
         finally:
             stopper.cancel()

@@ -58,8 +58,8 @@ class Child:
     def _heed(self, line: str) -> None:
         event = parse_line(line)
         self.last_line = str(event.get("event", line)) if event else line
-        if event and str(event.get("event", "")).endswith("listening") and not self.address.done():
-            self.address.set_result(str(event.get("address", "")))
+        if event.get("address") and "listening" in self.last_line and not self.address.done():
+            self.address.set_result(str(event["address"]))
 
 
 def parse_line(line: str) -> dict[str, Any]:

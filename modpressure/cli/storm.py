@@ -91,6 +91,8 @@ async def storm(
     The workers are spread over all loaders and start together. What the modules depend on is loaded before. Ctrl-C
     stops them after the calls that they are in, and prints what was counted; once more leaves at once.
 
+    In the summary, waste is what was allocated for calls that failed; the total's peak is the sum of the loaders' own.
+
     Examples:
       modpressure storm --workers 100 --module xfs
       modpressure storm -w 400 -m xfs,btrfs --mode once --policy v6.3

@@ -41,7 +41,7 @@ class StormView:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar = Progress(
-                BarColumn(),
+                BarColumn(bar_width=16),
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
                 TextColumn("{task.description}"),
@@ -79,7 +79,7 @@ class StormView:
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task("", total=self._total)
-            self._bar.update(self._task, completed=self._completed(total, now), description=progress_text(total))
+            self._bar.update(self._task, completed=self._completed(total, now), description=_short_text(total))
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             self._line(f"{now - self._started:.0f} s: {progress_text(total)}")
@@ -98,6 +98,13 @@ def progress_text(progress: StormProgress) -> str:
     return (
         f"{progress.operations} operations, {progress.calls} calls, {progress.duplicates} duplicates,"
         f" {progress.active_workers} workers at work, {format_bytes(progress.held_bytes)} held"
+    )
+
+
+def _short_text(progress: StormProgress) -> str:
+    return (
+        f"{progress.operations} ops, {progress.calls} calls, {progress.duplicates} dups,"
+        f" {progress.active_workers} at work, {format_bytes(progress.held_bytes)}"
     )
 
 

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Final
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
 from rich.text import Text
 
 from modpressure.cli.children import Child, Children, parse_line
-from modpressure.cli.output import POLICIES, PolicyWord, console, print_json, print_text, word_of
+from modpressure.cli.output import POLICIES, PolicyWord, print_json, print_text, word_of
 from modpressure.cli.session import Session, command, whole_number
 from modpressure.client import Client
 from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotNow
@@ -255,14 +256,17 @@ async def _set_policy(stats: str, policy: PolicyWord) -> None:
 
 
 def _announce(session: Session, running: Running, ready_file: Path | None) -> None:
+    if ready_file is not None:
+        try:
+            temporary = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+            temporary.write_text(jsons.dumps(running.document()) + "\n")
+            temporary.replace(ready_file)
+        except OSError as error:
+            raise ModpressureError(f"cannot write --ready-file {ready_file}: {error.strerror}") from error
     if session.json:
         print_json(running.document())
     else:
         print_text(announcement(running))
-    if ready_file is not None:
-        temporary = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
-        temporary.write_text(jsons.dumps(running.document()) + "\n")
-        temporary.replace(ready_file)
 
 
 def announcement(running: Running) -> str:
@@ -289,8 +293,17 @@ def announcement(running: Running) -> str:
     return "\n".join(lines) + "\n"
 
 
+class _LogConsole(Console):
+    """Where log lines go; if nobody reads them any more, all is stopped, as by any other signal."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop, in order."""
+        self.quiet = True
+        signal.raise_signal(signal.SIGTERM)
+
+
 def _line_printer(quiet: bool) -> Callable[[Child, str], None]:
-    target = console(stderr=True)
+    target = _LogConsole(stderr=True, markup=False, highlight=False, emoji=False)
     numbers: dict[str, int] = {}
 
     def print_line(child: Child, line: str) -> None:

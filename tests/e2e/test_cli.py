@@ -1,0 +1,475 @@
+"""Every command of ``modpressure``, as its users run it, on services that ``modpressure up`` has started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import sqlite3
+import subprocess
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from modpressure.cli.output import plain
+from modpressure.client import Client
+from tests.e2e.conftest import EXECUTABLE, TIMEOUT_SECONDS, Cli, Done, StartUp, Up, alive, end
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def system(machine: Up) -> str:
+    """A system of the test's own, policy v6.4."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    through_client(machine.cli, lambda client: client.create_system(name))
+    return name
+
+
+@pytest.fixture
+def cli_on(machine: Up, system: str) -> Cli:
+    """Commands about the test's own system."""
+    return Cli({**machine.cli.environment, "MODPRESSURE_CLIENT_SYSTEM": system}, machine.cli.directory)
+
+
+def through_client(cli: Cli, action: Callable[[Client], Awaitable[T]]) -> T:
+    """Do something about which the command line is not in question, at once."""
+
+    async def act() -> T:
+        loaders = cli.environment["MODPRESSURE_CLIENT_LOADERS"].split(",")
+        async with Client(loaders, cli.environment["MODPRESSURE_CLIENT_STATS"]) as client:
+            return await action(client)
+
+    return asyncio.run(act())
+
+
+def stats_of(cli: Cli) -> dict[str, Any]:
+    return plain(through_client(cli, lambda client: client.stats(cli.environment["MODPRESSURE_CLIENT_SYSTEM"])))
+
+
+def load(cli: Cli, *modules: str) -> None:
+    """Load modules without what they depend on, whatever comes of it."""
+
+    async def act(client: Client) -> None:
+        for module in modules:
+            await client.load(module, system=cli.environment["MODPRESSURE_CLIENT_SYSTEM"], with_dependencies=False)
+
+    through_client(cli, act)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_load_brings_in_dependencies_first_and_again_makes_no_call(cli_on: Cli) -> None:
+    done = cli_on("load", "xfs")
+    assert (done.code, done.err) == (0, "")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert rows[0][:3] == ["Module", "Outcome", "Errno"]
+    assert [row[1] for row in rows[1:]] == ["live"] * len(rows[1:])
+    assert rows[-1][0] == "xfs"
+    assert "libcrc32c" in [row[0] for row in rows[1:-1]]
+
+    again = cli_on("load", "xfs")
+    assert again == Done(0, "", "modpressure load: xfs is already loaded or built in; no call was made\n")
+    assert cli_on("load", "xfs", "--strict").code == 1
+    assert stats_of(cli_on)["calls"] == len(rows) - 1
+
+
+def test_load_without_dependencies_is_a_call_each_time(cli_on: Cli) -> None:
+    assert cli_on("load", "dummy", "--no-deps").code == 0
+    again = cli_on("load", "dummy", "--no-deps")
+    assert again.code == 0
+    assert again.err == "modpressure load: dummy is already loaded: EEXIST: File exists (becoming, duplicate)\n"
+    strict = cli_on("load", "dummy", "--no-deps", "--strict", "--policy", "v6.3", "--json")
+    assert strict.code == 1
+    [loaded] = strict.json["loads"]
+    assert (loaded["call"]["errno"], loaded["call"]["outcome"]) == ("EEXIST", "OUTCOME_LOAD")
+    assert loaded["error"].startswith("dummy is already loaded: EEXIST: File exists (load")
+    assert stats_of(cli_on)["duplicates"] == 2
+
+
+def test_several_modules_are_all_tried(cli_on: Cli) -> None:
+    done = cli_on("load", "dummy", "no_such_module", "loop", "--json")
+    assert done.code == 1
+    assert [bool(loaded.get("error")) for loaded in done.json["loads"]] == [False, True, False]
+    assert "no_such_module" in done.err
+    assert stats_of(cli_on)["live_modules"] == 2
+
+
+def test_an_errno_has_its_words(cli_on: Cli) -> None:
+    sentence = cli_on("load", "nonsense").err
+    assert sentence.startswith("modpressure load: nonsense: ENOEXEC: Exec format error (")
+    assert cli_on("load", "nonsense").code == 1
+    assert cli_on("load", "empty").code == 1
+
+
+def test_what_is_no_module_is_one_sentence(cli_on: Cli) -> None:
+    assert "'no_such_module'" in cli_on.fails(1, "load", "no_such_module")
+    assert "'../dummy'" in cli_on.fails(2, "load", "../dummy")
+    assert "no_such_module" in cli_on.fails(1, "storm", "-m", "no_such_module", "-w", "2")
+    assert "no_such_module" in cli_on.fails(1, "modules", "info", "no_such_module")
+
+
+def test_unload(cli_on: Cli) -> None:
+    load(cli_on, "dummy")
+    assert cli_on("unload", "dummy") == Done(0, "", "")
+    assert cli_on.fails(1, "unload", "dummy") == "modpressure unload: dummy: ENOENT: No such file or directory"
+    done = cli_on("unload", "dummy", "--json")
+    assert done.json["unloads"][0]["unload"]["errno"] == "ENOENT"
+    assert stats_of(cli_on)["unloads"] == 1
+
+
+# --- storms --------------------------------------------------------------------------------------------------------
+
+
+def recounted(cli: Cli) -> dict[str, Any]:
+    """Return what the events of a system add up to."""
+    events = [json.loads(line) for line in cli("events", "--limit", "0", "--json").out.splitlines()]
+    assert [event["event_id"] for event in events] == list(range(1, len(events) + 1))
+    calls = [event["call"] for event in events if "call" in event]
+    return {
+        "calls": len(calls),
+        "duplicates": sum(call["duplicate"] for call in calls),
+        "unloads": len(events) - len(calls),
+        "events": len(events),
+        "modcount": sum(call["outcome"] == "OUTCOME_LIVE" for call in calls),
+    }
+
+
+def test_a_storm_over_three_loaders_adds_up(cli_on: Cli) -> None:
+    done = cli_on("storm", "--workers", "20", "--module", "xfs", "--ops", "3", "--json")
+    assert done.code == 0, done
+    total, loaders = done.json["total"], done.json["loaders"]
+    assert [loader["workers"] for loader in loaders] == [7, 7, 6]
+    assert total["operations"] == 60 == total["unloads"]
+    for name in ("calls", "operations", "duplicates", "wasted_bytes"):
+        assert total[name] == sum(loader[name] for loader in loaders)
+    assert total["calls"] == sum(count["count"] for count in total["outcomes"])
+
+    counters = stats_of(cli_on)
+    assert {name: counters[name] for name in recounted(cli_on)} == recounted(cli_on)
+    dependencies = counters["calls"] - total["calls"]
+    assert dependencies == counters["live_modules"] > 0
+    assert counters["duplicates"] == total["duplicates"]
+    assert counters["virtual_mem_wasted_bytes"] == total["wasted_bytes"]
+
+
+def test_a_storm_prints_tables_and_lines(cli_on: Cli) -> None:
+    done = cli_on("storm", "-w", "6", "-m", "dummy,loop", "--mode", "once", "--policy", "v6.3", "--separate-copies")
+    assert done.code == 0
+    assert done.err.splitlines()[0] == "storm: 6 workers, dummy, loop"
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["live", "2"] in rows
+    assert ["load", "EEXIST", "10"] in rows
+    assert [row[:3] for row in rows if row and row[0].startswith("loader-")] == [
+        ["loader-1", "2", "4"],
+        ["loader-2", "2", "4"],
+        ["loader-3", "2", "4"],
+    ]
+    assert next(row for row in rows if row[:1] == ["total"])[:5] == ["total", "6", "12", "0", "10"]
+
+    listed = cli_on("duplicates", "--json").json["modules"]
+    assert sorted((each["module"], each["load_count"], each["reason"]) for each in listed) == [
+        ("dummy", 5, "Load"),
+        ("loop", 5, "Load"),
+    ]
+    assert "dummy" in cli_on("duplicates").out
+
+
+def test_a_storm_without_dependencies_fails_as_modules_without_theirs_do(cli_on: Cli) -> None:
+    done = cli_on("storm", "-w", "2", "-m", "xfs", "--no-deps", "--json")
+    assert stats_of(cli_on)["modcount"] == sum(
+        count["count"] for count in done.json["total"]["outcomes"] if count["outcome"] == "OUTCOME_LIVE"
+    )
+
+
+def test_ctrl_c_stops_a_storm_and_prints_what_was_counted(cli_on: Cli) -> None:
+    with cli_on.start("storm", "-w", "9", "-m", "dummy", "--seconds", "600", "--json") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "duplicates" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        done = end(process)
+    assert done.code == 130
+    assert done.json["interrupted"]
+    total = done.json["total"]
+    assert total["stopped"]
+    assert total["calls"] > 0
+    counters = stats_of(cli_on)
+    assert {name: counters[name] for name in recounted(cli_on)} == recounted(cli_on)
+    assert counters["calls"] == total["calls"]
+
+
+def test_a_terminal_shows_a_bar(cli_on: Cli) -> None:
+    leader, follower = pty.openpty()
+    with cli_on.start("storm", "-w", "3", "-m", "dummy", "--ops", "20", stderr=follower) as process:
+        os.close(follower)
+        shown = b""
+        try:
+            while data := os.read(leader, 65536):
+                shown += data
+        except OSError:  # the other side has been closed
+            pass
+        finally:
+            os.close(leader)
+        assert end(process).code == 0
+    text = shown.decode()
+    assert "━" in text
+    assert " ops, " in text
+    assert "100 %" in text
+
+
+# --- what was counted ----------------------------------------------------------------------------------------------
+
+
+def test_reports(cli_on: Cli) -> None:
+    load(cli_on, "dummy", "dummy")
+    counters = stats_of(cli_on)
+    rfc = cli_on("report").out
+    assert rfc.splitlines()[0].split() == ["Modules", "loaded", "1"]
+    assert rfc.endswith(f"Failed modules:\n{'dummy':>25}\n")
+    mainline = cli_on("report", "--format", "mainline").out
+    assert f"{'Total module size':>25}\t{counters['total_mod_size']}\n" in mainline
+    assert cli_on("report", "--format", "rfc-as-posted", "--json").json["text"].startswith(rfc.splitlines()[0])
+    cut = cli_on("report", "--format", "mainline", "--kernel-buffer").out
+    assert mainline.startswith(cut)
+
+
+def test_stats_as_text_have_every_counter(cli_on: Cli) -> None:
+    counters = cli_on("stats", "--json").json
+    assert counters == stats_of(cli_on)
+    names = [line.split()[0] for line in cli_on("stats").out.splitlines()[1:]]
+    assert set(counters) <= set(names)
+
+
+def test_events_are_filtered_and_limited(cli_on: Cli) -> None:
+    load(cli_on, "dummy", "loop", "dummy")
+    cli_on("unload", "loop")
+
+    def shown(*arguments: str) -> list[int]:
+        return [json.loads(line)["event_id"] for line in cli_on("events", "--json", *arguments).out.splitlines()]
+
+    assert shown() == [1, 2, 3, 4]
+    assert shown("--limit", "2") == [3, 4]
+    assert shown("--module", "dummy") == [1, 3]
+    assert shown("--outcome", "live") == [1, 2]
+    assert shown("--outcome", "live,becoming", "--limit", "2") == [2, 3]
+    lines = cli_on("events").out.splitlines()
+    assert "load dummy  becoming EEXIST" in lines[2]
+    assert "unload loop" in lines[3]
+
+
+def test_events_are_followed(cli_on: Cli) -> None:
+    load(cli_on, "dummy")
+    with cli_on.start("events", "--follow", "--json", "--limit", "1") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["call"]["module"] == "dummy"
+        load(cli_on, "loop")
+        cli_on("unload", "loop")
+        assert json.loads(process.stdout.readline())["call"]["module"] == "loop"
+        assert json.loads(process.stdout.readline())["unload"]["module"] == "loop"
+        process.send_signal(signal.SIGINT)
+        assert end(process).code == 130
+
+
+def test_watch(cli_on: Cli) -> None:
+    with cli_on.start("watch", "--json", "--interval", "0.05") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["calls"] == 0
+        load(cli_on, "dummy")
+        for line in process.stdout:
+            if json.loads(line)["modcount"] == 1:
+                break
+        process.send_signal(signal.SIGINT)
+        assert end(process).code == 130
+    done = cli_on("watch", "--count", "1")
+    assert done.code == 0
+    assert "1 calls, 1 loaded" in done.out
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_show(cli_on: Cli) -> None:
+    load(cli_on, "dummy", "dummy", "dummy")
+    command = f"'{EXECUTABLE}' events --limit 0 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], env=cli_on.environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+
+
+# --- modules and systems -------------------------------------------------------------------------------------------
+
+
+def test_modules(machine: Up) -> None:
+    cli = machine.cli
+    listed = cli("modules", "list", "--json").json["modules"]
+    assert {"dummy", "empty", "loop", "nonsense", "xfs"} <= {module["name"] for module in listed}
+    assert [line.split()[0] for line in cli("modules", "list", "d*").out.splitlines()] == ["Module", "dummy"]
+
+    info = cli("modules", "info", "xfs", "--json").json
+    assert info["layout"]["total_bytes"] == sum(size for name, size in info["layout"].items() if name != "total_bytes")
+    rows = [line.split() for line in cli("modules", "info", "xfs").out.splitlines()]
+    assert ["name", "xfs"] in rows
+    assert next(row for row in rows if row[0] == "total_bytes")[1] == str(info["layout"]["total_bytes"])
+    assert cli("modules", "deps", "xfs").out.splitlines() == info["load_order"]
+    assert cli("modules", "deps", "xfs", "--json").json["load_order"] == info["load_order"]
+
+
+def test_systems(machine: Up, system: str) -> None:
+    cli = machine.cli
+    other = f"{system}-b"
+    created = cli("systems", "create", other, "--policy", "v6.5", "--json").json
+    assert (created["id"], created["policy"]) == (other, "POLICY_V6_5")
+    assert other in cli.fails(1, "systems", "create", other)
+    assert {system, other} <= {each["id"] for each in cli("systems", "list", "--json").json["systems"]}
+    assert [line.split()[:2] for line in cli("systems", "show", other).out.splitlines()] == [
+        ["System", "Policy"],
+        [other, "v6.5"],
+    ]
+    cli("load", "dummy", "--system", other)
+    assert cli("systems", "reset", other).code == 0
+    assert cli("stats", "--system", other, "--json").json["calls"] == 0
+    assert cli("systems", "delete", other).code == 0
+    assert other in cli.fails(1, "systems", "show", other)
+    assert other in cli.fails(1, "systems", "delete", other)
+    assert "'No'" in cli.fails(2, "systems", "create", "No")
+
+
+# --- up ------------------------------------------------------------------------------------------------------------
+
+
+def test_up_tells_where_it_is_and_leaves_nothing_behind(start_up: StartUp, small_tree: Path, tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    up = start_up("--loaders", "2", "--tree", str(small_tree), "--ready-file", str(ready_file), "--policy", "v6.3")
+    assert json.loads(ready_file.read_text()) == up.running
+    assert list(up.running["pids"]) == ["stats", "loader-1", "loader-2"]
+    assert all(alive(pid) for pid in up.pids)
+    assert up.cli("systems", "show", "--json").json["policy"] == "POLICY_V6_3"
+    assert up.cli("load", "dummy").code == 0
+    database = Path(up.running["database"])
+    assert database.exists()
+
+    done = up.stop()
+
+    assert done.code == 130
+    assert not ready_file.exists()
+    assert not database.parent.exists()
+    assert "loader-2" in done.err
+
+
+def test_up_keeps_a_database_that_it_is_given(start_up: StartUp, small_tree: Path, tmp_path: Path) -> None:
+    database = tmp_path / "kept.sqlite3"
+    arguments = ("--tree", str(small_tree), "--database", str(database), "--quiet")
+    first = start_up(*arguments)
+    assert first.cli("load", "dummy").code == 0
+    assert first.stop(signal.SIGTERM).code == 143
+    second = start_up(*arguments, "--policy", "v6.4")
+    assert second.cli("stats", "--json").json["calls"] == 1
+    second.stop()
+    # What was counted under one policy is not to be mixed with another.
+    sentence = first.cli.fails(1, "up", "--port", "0", *arguments, "--policy", "v6.5")
+    assert "--policy v6.5" in sentence
+    assert "v6.4" in sentence
+
+
+def test_up_stops_all_if_one_dies(start_up: StartUp, small_tree: Path) -> None:
+    up = start_up("--loaders", "2", "--tree", str(small_tree), "--quiet")
+    os.kill(up.running["pids"]["loader-2"], signal.SIGKILL)
+    done = up.wait()
+    assert done.code == 1
+    assert "modpressure: loader-2 ended with signal SIGKILL" in done.err
+
+
+def test_the_services_end_if_up_is_killed(start_up: StartUp, small_tree: Path) -> None:
+    up = start_up("--tree", str(small_tree))
+    watching = [os.pidfd_open(pid) for pid in up.pids]
+    up.process.kill()
+    up.process.wait()
+    for descriptor in watching:
+        assert select.select([descriptor], [], [], 60)[0]
+        os.close(descriptor)
+    up.wait()
+
+
+def test_up_stops_when_nobody_reads_what_it_says(cli: Cli, small_tree: Path) -> None:
+    command = f"'{EXECUTABLE}' up --port 0 --tree '{small_tree}' 2>&1 | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env=cli.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_SECONDS,
+    )
+    first, code = done.stdout.splitlines()
+    assert "stats_svc listening" in first
+    assert (code, done.stderr) == ("143", "")
+    assert list(cli.directory.iterdir()) == []  # no temporary database either
+
+
+def one_line(done: Done) -> str:
+    """Return the last line on standard error, below the services' own."""
+    assert "Traceback" not in done.err
+    return done.err.splitlines()[-1]
+
+
+def test_up_with_a_port_in_use(cli: Cli, small_tree: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = cli("up", "--port", str(port), "--tree", str(small_tree))
+    assert done.code == 1
+    assert one_line(done).startswith("modpressure: stats ended with exit code ")
+    assert f"127.0.0.1:{port}" in one_line(done)
+    assert "in use" in one_line(done)
+
+
+def test_up_with_a_database_that_is_none(cli: Cli, tmp_path: Path, small_tree: Path) -> None:
+    database = tmp_path / "notes.txt"
+    database.write_text("not a database, but text that somebody needs\n" * 100)
+    done = cli("up", "--port", "0", "--tree", str(small_tree), "--database", str(database))
+    assert done.code == 1
+    assert str(database) in one_line(done)
+    assert database.read_text().startswith("not a database")
+
+
+def test_up_with_a_directory_for_a_database(cli: Cli, tmp_path: Path, small_tree: Path) -> None:
+    done = cli("up", "--port", "0", "--tree", str(small_tree), "--database", str(tmp_path))
+    assert done.code == 1
+    assert str(tmp_path) in one_line(done)
+
+
+def test_up_with_another_programs_database(cli: Cli, tmp_path: Path, small_tree: Path) -> None:
+    database = tmp_path / "other.sqlite3"
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE systems (x INTEGER)")
+    connection.close()
+    done = cli("up", "--port", "0", "--tree", str(small_tree), "--database", str(database))
+    assert done.code == 1
+    assert "other.sqlite3" in one_line(done)
+
+
+def test_up_with_a_tree_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    done = cli("up", "--port", "0", "--tree", str(missing))
+    assert done.code == 1
+    assert one_line(done).startswith("modpressure: loader-1 ended with exit code ")
+    assert str(missing) in one_line(done)
+
+
+def test_nobody_there(cli: Cli) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    expected = f"modpressure: no answer from stats_svc at {address}: connection refused"
+    for command in (["report"], ["watch"]):
+        assert cli.fails(1, *command, "--stats", address) == expected
+    for command in (["load", "dummy"], ["storm", "-m", "dummy"]):
+        assert address in cli.fails(1, *command, "--loaders", address)
