@@ -23,9 +23,6 @@ T = TypeVar("T")
 ALGORITHMS: Final[dict[str, Algorithm]] = {"gz": "gzip", "xz": "xz", "zst": "zstd"}
 """What a file's suffix says of its compression."""
 
-KERNEL_DECOMPRESSORS: Final = frozenset(ALGORITHMS.values())
-"""What the simulated kernel decompresses itself: all three, where a real one is built with one of them."""
-
 MAX_REMEMBERED_STEPS: Final = 10_000
 
 KMOD_WITH_KERNEL_DECOMPRESSION: Final = 34
@@ -39,6 +36,7 @@ class Loader:
         self.machine = machine
         self.tree = tree
         self.kmod = kmod
+        self._decompressors = machine.plans.identity.decompressors
         self._tasks: set[asyncio.Task[Any]] = set()
         self._clients: set[asyncio.Future[Any]] = set()
         self._steps: dict[tuple[str, bool], tuple[list[str], list[LoadStep]]] = {}
@@ -96,7 +94,9 @@ class Loader:
         own = await self.machine.ledger.policy_of(system)
         return asked or own
 
-    def spec(self, name: str, *, policy: int, kmod: int, flags: int = 0, copy: int = 0) -> tuple[CallSpec, File]:
+    def spec(
+        self, name: str, *, policy: int, kmod: int, flags: int = 0, copy: int = 0, parameters: str = ""
+    ) -> tuple[CallSpec, File]:
         """Return what is to be asked of the kernel for a module of the tree, and the file.
 
         NotFound if there is no such module, BadRequest for a bad name.
@@ -105,13 +105,13 @@ class Loader:
         algorithm = ALGORITHMS.get(entry.compression)
         syscall = Syscall.FINIT_MODULE
         if algorithm is not None:
-            if kmod >= KMOD_WITH_KERNEL_DECOMPRESSION and algorithm in KERNEL_DECOMPRESSORS:
+            if kmod >= KMOD_WITH_KERNEL_DECOMPRESSION and algorithm in self._decompressors:
                 flags |= MODULE_INIT_COMPRESSED_FILE
             else:
                 syscall = Syscall.INIT_MODULE
         # The same file of the same tree is one inode on every loader; a copy is another.
         inode = f"{self.tree.identity}:{entry.path}:{copy}"
-        spec = CallSpec(entry.name, inode, requests.POLICIES[policy], syscall, flags)
+        spec = CallSpec(entry.name, inode, requests.POLICIES[policy], syscall, flags, parameters)
         return spec, File(entry.path, algorithm, functools.partial(self.tree.open_file, entry.name))
 
     def steps(self, text: str, *, with_dependencies: bool) -> tuple[list[str], list[LoadStep]]:
@@ -202,7 +202,7 @@ class Load:
         self._requester = requests.label("requester", request.requester)
         self._worker = requests.label("worker", request.worker)
         self._request_id = requests.label("request_id", request.request_id)
-        requests.parameters(request.parameters)
+        self._parameters = requests.parameters(request.parameters)
         self._wait_for_memory = not request.refuse_when_full
         self._with_dependencies = request.with_dependencies
         # Before anything is asked of stats_svc: an unknown module is the caller's mistake whether it is there or not.
@@ -226,8 +226,14 @@ class Load:
             # modprobe looks whether a module is live before it loads it; insmod does not.
             if self._with_dependencies and await self._loader.is_live(self._system, step.module):
                 continue
+            own = self._parameters if step.module == self._targets[-1] else ""
             spec, file = self._loader.spec(
-                step.module, policy=policy, kmod=self._kmod, flags=self._flags, copy=self._copy
+                step.module,
+                policy=policy,
+                kmod=self._kmod,
+                flags=self._flags,
+                copy=self._copy,
+                parameters=step.options + own,
             )
             self._call = LiveCall(self._loader.machine, self._call_request(spec, file, policy))
             call = await self._call.run()

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from loader_svc.checks.exports import TreeExporters
 from loader_svc.ledger_client import LedgerClient
 from loader_svc.live import Machine
 from loader_svc.loader import Loader
@@ -19,6 +20,7 @@ from loader_svc.plan import Plans
 from loader_svc.servicer import LoaderServicer
 from loader_svc.trees import ModuleTree, TreeError, open_tree
 from modpressure.grpc_server import GrpcServer
+from modpressure.identity_files import load_identity
 from modpressure.settings import LoaderSettings
 from modpressure.v1.loader_service_pb2_grpc import add_LoaderServiceServicer_to_server
 
@@ -49,6 +51,7 @@ def open_settings_tree(settings: LoaderSettings) -> ModuleTree:
 async def serve(settings: LoaderSettings) -> None:
     """Serve until SIGINT or SIGTERM. ModpressureError if it can't start."""
     tree = await asyncio.to_thread(open_settings_tree, settings)
+    identity = await asyncio.to_thread(load_identity, settings.identity)
     server = GrpcServer(settings.listen, reflection=settings.reflection, grace_seconds=settings.grace_seconds)
     executor = ThreadPoolExecutor(settings.threads, thread_name_prefix="files")
     meter = Meter()
@@ -79,9 +82,10 @@ async def serve(settings: LoaderSettings) -> None:
     machine = Machine(
         ledger=ledger,
         executor=executor,
-        plans=Plans(settings.image_limit_bytes),
+        plans=Plans(settings.image_limit_bytes, identity),
         budget=MemoryBudget(settings.memory_limit_bytes),
         meter=meter,
+        exporters=TreeExporters(tree.exporter),
     )
     loader = Loader(machine, tree, kmod=settings.kmod)
     server.add(LoaderServicer(loader), add_LoaderServiceServicer_to_server, SERVICE)

@@ -205,6 +205,12 @@ class LoaderSettings(ServiceSettings):
         description="Directories of modprobe.d files (blacklists, aliases, softdeps) to follow, comma separated.",
         json_schema_extra={"default_text": "none"},
     )
+    identity: str = Field(
+        default="any",
+        min_length=1,
+        description="Kernel to load into: any, which takes every well-formed module, another built-in one (modpressure"
+        " identity show lists them), or a file that modpressure identity from wrote.",
+    )
     cache_dir: Path = Field(
         default_factory=_default_cache_dir,
         description="Directory for tree indexes and the files built from the catalogue.",

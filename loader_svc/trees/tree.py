@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +115,14 @@ class ModuleTree:
         name = module_name(self._index.paths[self._place(name)])
         pairs = zip(self._index.alias_patterns, self._index.alias_modules, strict=True)
         return [pattern for pattern, module in pairs if module == name]
+
+    def exporter(self, symbol: str) -> str | None:
+        """Return the name of the module that exports a symbol, None if none of the tree does."""
+        return self._exporters.get(symbol)
+
+    @cached_property
+    def _exporters(self) -> dict[str, str]:
+        return dict(zip(self._index.symbols, self._index.symbol_modules, strict=True))
 
     def is_builtin(self, name: str) -> bool:
         """Whether ``name`` is built into the kernel. BadModuleName."""
