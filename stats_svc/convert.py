@@ -10,7 +10,9 @@ from stats_svc.rows import ModuleRow, SystemRow
 from stats_svc.state import DEFAULT_POLICY
 
 
-def stats_to_proto(row: SystemRow, *, held_bytes: int, peak_held_bytes: int, loaders: int) -> stats_service_pb2.Stats:
+def stats_to_proto(
+    row: SystemRow, *, held_bytes: int, peak_held_bytes: int, loaders: int, waiting_calls: int
+) -> stats_service_pb2.Stats:
     """Return the counters of a system, with what the connected loaders hold."""
     stats = stats_service_pb2.Stats(
         system=row.id,
@@ -20,6 +22,7 @@ def stats_to_proto(row: SystemRow, *, held_bytes: int, peak_held_bytes: int, loa
         held_bytes=held_bytes,
         peak_held_bytes=max(row.peak_held_bytes, peak_held_bytes),
         loaders=loaders,
+        waiting_calls=waiting_calls,
     )
     for name in COUNTER_NAMES:
         setattr(stats, name, getattr(row.counters, name))

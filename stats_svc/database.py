@@ -1,7 +1,8 @@
 """Opening a database, SQLite or PostgreSQL, and saying in one sentence why it can't be opened.
 
-One process writes to a database: the ledger keeps the modules lists in memory. So the writer holds a lock, on a file
-beside an SQLite file, else as an advisory lock of PostgreSQL's.
+One process writes to a database: the ledger keeps the modules lists in memory. So the writer holds a lock: on a file
+beside an SQLite file; on PostgreSQL an advisory lock of the very connection that it writes through, so that whoever
+has lost the one has lost the other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from stats_svc.rows import StoreError
 BUSY_TIMEOUT_SECONDS: Final = 5
 """How long SQLite waits for somebody else's lock, such as a backup's."""
 
+CONNECT_TIMEOUT_SECONDS: Final = 5
+"""How long a PostgreSQL server may take to answer."""
+
+READERS: Final = 5
+"""Connections for reading."""
+
 _ADVISORY_LOCK: Final = 0x6D6F6470
 """Key of the writer's lock on PostgreSQL; an arbitrary number."""
 
@@ -44,12 +51,11 @@ class Database:
 
         self._lock_file: int | None = None
         self._identity: tuple[int, int] | None = None
-        self._advisory: Connection | None = None
         with self.errors():
             if self.is_sqlite:
                 Path(self.name).parent.mkdir(parents=True, exist_ok=True)
-            self.writer = _engine(self._url, writer=True)
-            self.reader = _engine(self._url, writer=False)
+            self.writer = self._engine(writer=True)
+            self.reader = self._engine(writer=False)
 
     def open(self) -> None:
         """Take the writer's lock, and create the tables if there are none.
@@ -58,7 +64,8 @@ class Database:
         read-only.
         """
         with self.errors():
-            self._take_lock()
+            if self.is_sqlite:
+                self._lock_sqlite()
             # Look before writing: what is not ours must not be touched, not even by the journal mode.
             with self.reader.connect() as connection:
                 version = self._version(connection)
@@ -91,50 +98,94 @@ class Database:
             )
         return int(version)
 
-    def _take_lock(self) -> None:
-        in_use = StoreError(f"{self.name} is in use by another stats_svc")
-        if self.is_sqlite:
-            if self._lock_file is None:
-                lock_file = os.open(f"{self.name}.lock", os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644)
-                try:
-                    fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(lock_file)
-                    raise in_use from None
-                self._lock_file = lock_file
-            return
-        if self._advisory is None or self._advisory.invalidated:
-            connection = self.reader.connect().execution_options(isolation_level="AUTOCOMMIT")
-            if not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))):
-                connection.close()
-                raise in_use
-            self._advisory = connection
+    def _lock_sqlite(self) -> None:
+        # Not on the file itself: to close another descriptor of that would let go of SQLite's own locks.
+        lock_file = os.open(f"{self.name}.lock", os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock_file)
+            raise self._in_use() from None
+        self._lock_file = lock_file
+
+    def _in_use(self) -> StoreError:
+        return StoreError(f"{self.name} is in use by another stats_svc")
+
+    def _engine(self, *, writer: bool) -> Engine:
+        return self._sqlite_engine(writer=writer) if self.is_sqlite else self._postgresql_engine(writer=writer)
+
+    def _sqlite_engine(self, *, writer: bool) -> Engine:
+        arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
+        engine = sa.create_engine(
+            self._url,
+            pool_size=1 if writer else READERS,
+            max_overflow=0,
+            poolclass=sa.pool.QueuePool,
+            connect_args=arguments,
+        )
+
+        @event.listens_for(engine, "connect")
+        def on_connect(connection: sqlite3.Connection, _: Any) -> None:
+            # SQLAlchemy begins transactions itself, below; sqlite3 would begin them late, and not before a SELECT.
+            connection.isolation_level = None
+            cursor = connection.cursor()
+            # With WAL, FULL is what makes a commit survive a power cut (sqlite.org/pragma.html#pragma_synchronous).
+            cursor.execute("PRAGMA synchronous = FULL")
+            cursor.execute("PRAGMA foreign_keys = ON")
+            cursor.close()
+
+        # A writer's lock is taken at the start: one that is raised on the way fails at once if another is quicker.
+        begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
+
+        @event.listens_for(engine, "begin")
+        def on_begin(connection: Connection) -> None:
+            connection.exec_driver_sql(begin)
+
+        return engine
+
+    def _postgresql_engine(self, *, writer: bool) -> Engine:
+        try:
+            engine = sa.create_engine(
+                self._url,
+                pool_size=1 if writer else READERS,
+                max_overflow=0,
+                # A dead connection of a reader is replaced; one of the writer took the lock with it.
+                pool_pre_ping=not writer,
+                isolation_level="READ COMMITTED" if writer else "REPEATABLE READ",
+                connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS},
+            )
+        except ModuleNotFoundError as error:
+            raise StoreError(f"PostgreSQL needs the package {error.name}; install modpressure[postgres]") from None
+        if writer:
+
+            @event.listens_for(engine, "connect")
+            def on_connect(connection: Any, _: Any) -> None:
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT pg_try_advisory_lock(%s)", (_ADVISORY_LOCK,))
+                    (locked,) = cursor.fetchone()
+                connection.commit()
+                if not locked:
+                    connection.close()
+                    raise self._in_use()
+
+        return engine
 
     def check_writer(self) -> None:
-        """Raise StoreError if this process can no longer be sure to be the writer of what it opened."""
-        with self.errors():
-            if self.is_sqlite:
+        """Raise StoreError if writes would go to an SQLite file that nobody can see any more: they would succeed."""
+        if self.is_sqlite:
+            with self.errors():
                 stat = os.stat(self.name)
-                if (stat.st_dev, stat.st_ino) != self._identity:
-                    # Writes to the old file, which nobody can see any more, would still succeed.
-                    raise StoreError(f"{self.name} has been replaced by another file")
-            else:
-                self._take_lock()
+            if (stat.st_dev, stat.st_ino) != self._identity:
+                raise StoreError(f"{self.name} has been replaced by another file")
 
     def ping(self) -> None:
-        """Return if the database answers and this process is its writer. StoreError if not."""
+        """Return if the database answers its writer. StoreError if not."""
         self.check_writer()
-        with self.errors(), self.reader.connect() as connection:
+        with self.errors(), self.writer.connect() as connection:
             connection.execute(sa.select(schema.about.c.schema_version))
-            if self._advisory is not None:
-                # The lock goes with its connection, so that one has to be alive.
-                self._advisory.execute(sa.select(1))
 
     def close(self) -> None:
         """Let go of everything."""
-        if self._advisory is not None:
-            self._advisory.close()
-            self._advisory = None
         self.writer.dispose()
         self.reader.dispose()
         if self._lock_file is not None:
@@ -147,8 +198,6 @@ class Database:
         try:
             yield
         except sa.exc.DBAPIError as error:
-            if self._advisory is not None and error.connection_invalidated:
-                self._advisory = None
             raise StoreError(f"{self.name}: {_reason(error.orig)}") from error
         except sa.exc.SQLAlchemyError as error:
             raise StoreError(f"{self.name}: {_first_line(error)}") from error
@@ -174,41 +223,6 @@ def _url_of(location: str) -> URL:
             raise StoreError(f"{location!r} names no file; counts that are not in a file can't be kept")
         url = url.set(database=os.path.abspath(url.database))
     return url
-
-
-def _engine(url: URL, *, writer: bool) -> Engine:
-    pool_size = 1 if writer else 5
-    if url.get_backend_name() != "sqlite":
-        isolation = "READ COMMITTED" if writer else "REPEATABLE READ"
-        try:
-            return sa.create_engine(
-                url, pool_size=pool_size, max_overflow=0, pool_pre_ping=not writer, isolation_level=isolation
-            )
-        except ModuleNotFoundError as error:
-            raise StoreError(f"PostgreSQL needs the package {error.name}; install modpressure[postgres]") from None
-    arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
-    engine = sa.create_engine(
-        url, pool_size=pool_size, max_overflow=0, poolclass=sa.pool.QueuePool, connect_args=arguments
-    )
-
-    @event.listens_for(engine, "connect")
-    def on_connect(connection: sqlite3.Connection, _: Any) -> None:
-        # SQLAlchemy begins transactions itself, below; sqlite3 would begin them late, and not before a SELECT.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        # With WAL, FULL is what makes a commit survive a power cut (sqlite.org/pragma.html#pragma_synchronous).
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.close()
-
-    # A writer's lock is taken at the start: one that is raised on the way fails at once if somebody else is quicker.
-    begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
-
-    @event.listens_for(engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    return engine
 
 
 def _reason(error: BaseException | None) -> str:

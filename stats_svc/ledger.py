@@ -131,6 +131,11 @@ class Ledger:
         known = self._state.systems.get(system)
         return 0 if known is None else known.peak_held_bytes
 
+    def waiting_calls(self, system: str) -> int:
+        """Return how many calls of ``system`` wait for another one, 0 if there is no such system."""
+        known = self._state.systems.get(system)
+        return 0 if known is None else known.modules.waiting + known.gate.waiting
+
     async def _in_writer(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 

@@ -63,6 +63,7 @@ class StatsServicer(StatsServiceServicer):
             held_bytes=ledger.held_bytes,
             peak_held_bytes=ledger.peak_held_bytes(system),
             loaders=ledger.loaders,
+            waiting_calls=ledger.waiting_calls(system),
         )
 
     async def GetReport(self, request: pb.GetReportRequest, context: Any) -> pb.GetReportResponse:
