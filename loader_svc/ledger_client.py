@@ -30,8 +30,12 @@ log = structlog.get_logger(__name__)
 MAX_BATCH_OPERATIONS = 1000
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
+TELL_HELD_SECONDS = 0.25
 PATIENCE_SECONDS = 3.0
-"""How long stats_svc may be away before callers are told so."""
+"""How long stats_svc may be away before new requests are refused."""
+
+IN_FLIGHT_PATIENCE_SECONDS = 30.0
+"""How long it may be away before the callers of what is in flight are told so, if they set no deadline before that."""
 
 CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -90,6 +94,7 @@ class LedgerClient:
         self._on_connected = on_connected
         self._last_call_id = 0
         self._last_sequence = 0
+        self._said_held_bytes = 0
         self._outbox: list[pb.Operation] = []
         self._outbox_filled = asyncio.Event()
         self._asked: dict[int, _Asked] = {}
@@ -98,6 +103,7 @@ class LedgerClient:
         self._policies: dict[str, int] = {}
         self._connected = asyncio.Event()
         self._away = asyncio.Event()
+        self._lost_at = 0.0
         self._patience: asyncio.TimerHandle | None = None
 
     # --- what calls use ---
@@ -136,16 +142,18 @@ class LedgerClient:
         return policy
 
     async def require(self) -> None:
-        """Return once the stream stands. Unavailable if it has been away for longer than patience allows."""
+        """Return once the stream stands. Unavailable if it has been away for longer than a new request waits."""
+        if self._connected.is_set():
+            return
+        away_seconds = asyncio.get_running_loop().time() - self._lost_at
+        if away_seconds < PATIENCE_SECONDS:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._connected.wait(), PATIENCE_SECONDS - away_seconds)
         if not self._connected.is_set():
-            if not self._away.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._connected.wait(), PATIENCE_SECONDS)
-            if not self._connected.is_set():
-                raise self.unavailable()
+            raise self.unavailable()
 
     async def wait_away(self) -> None:
-        """Return when the stream has been away for longer than patience allows."""
+        """Return when the stream has been away for longer than callers of what is in flight wait."""
         await self._away.wait()
 
     async def wait_connected(self) -> None:
@@ -187,13 +195,16 @@ class LedgerClient:
             self._away.clear()
         else:
             self._connected.clear()
-            self._patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._away.set)
+            loop = asyncio.get_running_loop()
+            self._lost_at = loop.time()
+            self._patience = loop.call_later(IN_FLIGHT_PATIENCE_SECONDS, self._away.set)
         self._on_connected(connected)
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         """Open the stream, say hello, and write and read until it breaks."""
         stream: Stream = LedgerServiceStub(channel).Connect()
         writer: asyncio.Task[None] | None = None
+        teller: asyncio.Task[None] | None = None
         try:
             hello = pb.Hello(instance_id=self.instance_id, loader=self.loader, gates=self._gates.values())
             await stream.write(pb.ConnectRequest(hello=hello))
@@ -206,10 +217,13 @@ class LedgerClient:
             # The writer takes what is unanswered before anything new can be asked, so old numbers go out first.
             again = list(self._say_again(applied_sequence))
             writer = asyncio.create_task(self._write(stream, again))
+            teller = asyncio.create_task(self._tell_held())
             self._set_connected(True)
             while isinstance(response := await stream.read(), pb.ConnectResponse):
                 self._take(response.results)
         finally:
+            if teller is not None:
+                teller.cancel()
             if writer is not None:
                 writer.cancel()
                 # Whatever broke the writer breaks the reader too, which says so.
@@ -240,12 +254,20 @@ class LedgerClient:
                 self._outbox_filled.clear()
             await stream.write(pb.ConnectRequest(batch=self._batch(operations)))
 
+    async def _tell_held(self) -> None:
+        """Have a batch without operations sent where an idle loader holds something else than it last said."""
+        while True:
+            await asyncio.sleep(TELL_HELD_SECONDS)
+            if self._meter.held_bytes != self._said_held_bytes:
+                self._outbox_filled.set()
+
     def _batch(self, operations: list[pb.Operation]) -> pb.OperationBatch:
         self._last_sequence += 1
+        self._said_held_bytes = self._meter.held_bytes
         message = pb.OperationBatch(
             sequence=self._last_sequence,
             operations=operations,
-            held_bytes=self._meter.held_bytes,
+            held_bytes=self._said_held_bytes,
             peak_held_bytes=self._meter.take_peak(self._peak),
         )
         batch = self._batches[self._last_sequence] = _Batch(message, {})
@@ -278,7 +300,7 @@ class LedgerClient:
             if not asked.answer.done():
                 asked.answer.set_result(result)
         if self._batches and not results.results:
-            # A batch of interrupts alone has no answers; it is done with once it is committed.
+            # A batch of interrupts alone, or of nothing, has no answers; it is done with once it is applied.
             for sequence in [s for s, b in self._batches.items() if s <= results.applied_sequence and not b.unanswered]:
                 del self._batches[sequence]
         for call_id in results.released_call_ids:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 
+from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as ledger
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceStub
 
@@ -71,6 +72,8 @@ class Process:
             raise
         if self._reader is not None:
             self._reader.join()
+        assert self.popen.stderr is not None
+        self.popen.stderr.close()
         return status
 
 
@@ -80,21 +83,22 @@ Launch = Callable[..., Process]
 class Hand:
     """A hand on the ledger: asks single operations, as some other loader's calls would."""
 
-    def __init__(self, address: str, name: str = "hand") -> None:
+    def __init__(self, address: str, name: str, system: str = "default") -> None:
         self._channel = grpc.aio.insecure_channel(address)
         self._stream = LedgerServiceStub(self._channel).Connect()
         self._name = name
+        self._system = system
         self._sequence = 0
 
-    async def open(self, system: str = "default") -> None:
+    async def open(self) -> None:
         """Say hello and open the system."""
         await self._stream.write(ledger.ConnectRequest(hello=ledger.Hello(instance_id=self._name, loader=self._name)))
         await self._stream.read()
-        await self.ask(ledger.Operation(call_id=1, system=system, open_system=ledger.OpenSystem()))
+        await self.ask(ledger.Operation(call_id=1, open_system=ledger.OpenSystem()))
 
     async def tell(self, operation: ledger.Operation) -> None:
         """Send an operation."""
-        operation.system = operation.system or "default"
+        operation.system = self._system
         self._sequence += 1
         batch = ledger.OperationBatch(sequence=self._sequence, operations=[operation])
         await self._stream.write(ledger.ConnectRequest(batch=batch))
@@ -116,6 +120,13 @@ class Hand:
     async def reserve(self, call_id: int, module: str) -> ledger.OperationResult:
         """Insert a name as unformed."""
         return await self.ask(ledger.Operation(call_id=call_id, reserve_name=ledger.ReserveName(module=module)))
+
+    async def give_up(self, call_id: int, module: str) -> None:
+        """End the call that has inserted a name, as one whose init fails."""
+        call = call_pb2.Call(module=module, outcome=call_pb2.OUTCOME_INIT, errno="ENODEV")
+        finish = ledger.FinishCall(call=call, reserved=True)
+        result = await self.ask(ledger.Operation(call_id=call_id, finish_call=finish))
+        assert result.verdict == ledger.OperationResult.VERDICT_PROCEED, result
 
     async def close(self) -> None:
         """Hang up."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,13 +16,13 @@ import pytest
 from tests.services import Hand, Launch, Process
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Start ``python -m`` with arguments; at the end of the test all are stopped, and none may have crashed."""
+@contextlib.contextmanager
+def _launching(state_home: Path) -> Iterator[Launch]:
+    """Give what starts ``python -m`` with arguments; at the end all are stopped, and none may have crashed."""
     processes: list[Process] = []
     # What a developer has set must not change what is tested.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MODPRESSURE_")}
-    environment["XDG_STATE_HOME"] = str(tmp_path / "state")
+    environment["XDG_STATE_HOME"] = str(state_home)
 
     def start(*arguments: str) -> Process:
         popen = subprocess.Popen(
@@ -43,15 +45,42 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 
 @pytest.fixture
-def stats(launch: Launch, tmp_path: Path) -> Process:
-    """A stats_svc over a new SQLite file."""
-    return launch("stats_svc", "--listen", "127.0.0.1:0", "--database", str(tmp_path / "stats.sqlite3"))
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start services that end with the test."""
+    with _launching(tmp_path / "state") as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def launch_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """Start services that all tests share; each test has a system of its own on them."""
+    with _launching(tmp_path_factory.mktemp("state")) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def stats(launch_for_all: Launch, tmp_path_factory: pytest.TempPathFactory) -> Process:
+    """A stats_svc over a new SQLite file, shared by all tests."""
+    database = tmp_path_factory.mktemp("stats") / "stats.sqlite3"
+    return launch_for_all("stats_svc", "--listen", "127.0.0.1:0", "--database", str(database))
+
+
+@pytest.fixture(scope="session")
+def loader(launch_for_all: Launch, stats: Process) -> Process:
+    """A loader of the catalogue, shared by all tests."""
+    return launch_for_all("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
 
 
 @pytest.fixture
-async def hand(stats: Process) -> AsyncIterator[Hand]:
-    """A hand on the ledger of ``stats``."""
-    hand = Hand(stats.address)
+def system() -> str:
+    """A system that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def hand(stats: Process, system: str) -> AsyncIterator[Hand]:
+    """A hand on the ledger of ``stats``, in the test's own system."""
+    hand = Hand(stats.address, f"hand-{system}", system)
     await hand.open()
     yield hand
     await hand.close()
