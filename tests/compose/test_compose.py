@@ -22,7 +22,7 @@ import pytest_asyncio
 
 from modpressure.client import Client
 from modpressure.kernel.counters import COUNTER_NAMES, Counters
-from modpressure.v1.call_pb2 import Event
+from modpressure.v1.call_pb2 import Event, Outcome
 from modpressure.v1.stats_service_pb2 import Stats
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,7 @@ class Project:
             "STATS_PORT": "0",
         }
         self.environment.pop("MODULES_DIR", None)
+        self.clients: list[asyncio.subprocess.Process] = []
 
     def command(self, *arguments: str) -> list[str]:
         return ["docker", "compose", "--file", str(ROOT / "docker-compose.yml"), *arguments]
@@ -61,18 +62,28 @@ class Project:
         found: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids)) if ids else []
         return found
 
+    def container_name(self, client: str) -> str:
+        return f"{self.environment['COMPOSE_PROJECT_NAME']}-run-{client}"
+
+    def interrupt(self, client: str) -> None:
+        """Do to a client what Ctrl-C does."""
+        run("docker", "kill", "--signal", "INT", self.container_name(client))
+
     def stats_address(self) -> str:
         return self("port", "stats_svc", "50050").strip()
 
-    async def start_client(self, *arguments: str) -> asyncio.subprocess.Process:
-        """Start a command of the CLI in a container of its own, beside what runs."""
-        return await asyncio.create_subprocess_exec(
-            *self.command("run", "--rm", "--no-deps", "--no-TTY", "client", "modpressure", *arguments),
+    async def start_client(self, *arguments: str, name: str = "client") -> asyncio.subprocess.Process:
+        """Start a command of the CLI in a container of its own, called so, beside what runs."""
+        options = ("--rm", "--no-deps", "--no-TTY", "--name", self.container_name(name))
+        client = await asyncio.create_subprocess_exec(
+            *self.command("run", *options, "client", "modpressure", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self.environment,
         )
+        self.clients.append(client)
+        return client
 
 
 def run(*command: str, environment: dict[str, str] | None = None) -> str:
@@ -100,9 +111,19 @@ def project() -> Iterator[Project]:
         run("docker", "wait", client["Id"])
         yield project
     finally:
-        logs = project("logs", "--no-color", "--tail", "30")
+        logs = project("logs", "--no-color", "--tail", "10")
         project("down", "--volumes", "--remove-orphans", "--timeout", "10")
         sys.stderr.write(logs)
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def no_client_outlives_its_test(project: Project) -> AsyncIterator[None]:
+    yield
+    for client in project.clients:
+        if client.returncode is None:
+            client.terminate()
+            await client.communicate()
+    project.clients.clear()
 
 
 @pytest_asyncio.fixture
@@ -164,18 +185,19 @@ def check_summary(summary: dict[str, Any], events: list[Event]) -> None:
     storm = [call for call in calls if call.worker.startswith("worker-")]
     assert len(storm) == summary["calls"]
     assert sum(call.duplicate for call in storm) == summary["duplicates"]
-    assert Counter(call.errno for call in storm) == Counter(
-        {each["errno"]: each["count"] for each in summary["outcomes"]}
-    )
+    assert Counter((Outcome.Name(call.outcome), call.errno) for call in storm) == {
+        (each["outcome"], each["errno"]): each["count"] for each in summary["outcomes"]
+    }
     unloads = sum(event.HasField("unload") and event.unload.loader == summary["loader"] for event in events)
     assert unloads == summary["unloads"]
 
 
-async def calls_beyond(client: Client, system: str, calls: int) -> None:
-    """Wait until a system has counted more than so many calls."""
-    async for stats in client.watch(system, interval_seconds=0.05):
-        if stats.calls > calls:
-            return
+async def duplicates_beyond(client: Client, system: str, duplicates: int) -> None:
+    """Wait until a storm, which makes duplicates where its preparation makes none, has made more than so many."""
+    async with asyncio.timeout(120):
+        async for stats in client.watch(system, interval_seconds=0.05):
+            if stats.duplicates > duplicates:
+                return
 
 
 def test_all_replicas_are_up_and_well(project: Project) -> None:
@@ -250,20 +272,21 @@ async def test_counts_hold_while_loaders_come_and_go_under_load(project: Project
     await asyncio.to_thread(project.scale, 2)
     for system in ("growing", "shrinking"):
         await stats_svc.create_system(system)
-    arguments = ("storm", "--json", "--workers", "40", "--module", "xfs", "--seconds")
+    # Long enough for any machine; each is interrupted once it has seen what it is for.
+    arguments = ("storm", "--json", "--workers", "40", "--module", "xfs", "--seconds", "800")
 
-    growing = await project.start_client(*arguments, "40", "--system", "growing")
-    await calls_beyond(stats_svc, "growing", 0)
+    growing = await project.start_client(*arguments, "--system", "growing", name="growing")
+    await duplicates_beyond(stats_svc, "growing", 0)
     await asyncio.to_thread(project.scale, REPLICAS)
-    during = (await stats_svc.stats("growing")).calls
-    await calls_beyond(stats_svc, "growing", during)
+    await duplicates_beyond(stats_svc, "growing", (await stats_svc.stats("growing")).duplicates)
 
-    shrinking = await project.start_client(*arguments, "40", "--system", "shrinking")
-    await calls_beyond(stats_svc, "shrinking", 0)
+    shrinking = await project.start_client(*arguments, "--system", "shrinking", name="shrinking")
+    await duplicates_beyond(stats_svc, "shrinking", 0)
     await asyncio.to_thread(project.scale, 3)
-    during = (await stats_svc.stats("shrinking")).calls
-    await calls_beyond(stats_svc, "shrinking", during)
+    await duplicates_beyond(stats_svc, "shrinking", (await stats_svc.stats("shrinking")).duplicates)
 
+    for name in ("growing", "shrinking"):
+        await asyncio.to_thread(project.interrupt, name)
     (grown, grown_err), (shrunk, shrunk_err) = await asyncio.gather(growing.communicate(), shrinking.communicate())
     for system, out, err, started in (
         ("growing", grown, grown_err, 2),
@@ -275,6 +298,7 @@ async def test_counts_hold_while_loaders_come_and_go_under_load(project: Project
         events = await check_consistent(stats_svc, system)
         for summary in result["loaders"]:
             check_summary(summary, events)
+    assert (growing.returncode, shrinking.returncode) == (130, 130)
     assert len(json.loads(shrunk)["loaders"]) >= 3
     stats = await stats_svc.stats("shrinking")
     assert stats.loaders == 3
