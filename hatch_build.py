@@ -52,6 +52,24 @@ def build_stubs(root: Path = ROOT) -> list[Path]:
     return protos
 
 
+def pack_catalogue(root: Path = ROOT) -> Path:
+    """Pack the texts under ``loader_svc/catalogue/facts`` into the one file that is installed; return it.
+
+    The same texts give the same bytes: the kernel's comes first, the modules' follow by name.
+    """
+    import lzma
+
+    folder = root / "loader_svc" / "catalogue"
+    facts = [folder / "facts" / "kernel.txt"]
+    facts += sorted(path for path in (folder / "facts").glob("*.txt") if path != facts[0])
+    text = "".join(path.read_text(encoding="ascii") for path in facts)
+    packed = folder / "catalogue.txt.xz"
+    part = packed.with_suffix(".part")
+    part.write_bytes(lzma.compress(text.encode("ascii"), preset=9))
+    part.replace(packed)
+    return packed
+
+
 class StubsBuildHook(BuildHookInterface):  # type: ignore[misc,valid-type]
     """Hatchling's hook: build before files are collected."""
 
@@ -60,7 +78,8 @@ class StubsBuildHook(BuildHookInterface):  # type: ignore[misc,valid-type]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build the generated files in place."""
         build_stubs()
+        pack_catalogue()
 
 
 if __name__ == "__main__":
-    sys.stdout.write("".join(f"{path.relative_to(ROOT)}\n" for path in build_stubs()))
+    sys.stdout.write("".join(f"{path.relative_to(ROOT)}\n" for path in (*build_stubs(), pack_catalogue())))
