@@ -20,7 +20,7 @@ from loader_svc.catalogue import catalogue_tree
 
 EXECUTABLE = Path(sysconfig.get_path("scripts")) / "modpressure"
 TIMEOUT_SECONDS = 90
-SMALL = ("crc32c_generic", "libcrc32c", "xfs", "dummy", "loop")
+SMALL = ("crc32c_generic", "libcrc32c", "xfs", "pcspkr", "loop")
 """What the small tree has of the catalogue."""
 
 

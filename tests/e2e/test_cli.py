@@ -83,20 +83,20 @@ def test_load_brings_in_dependencies_first_and_again_makes_no_call(cli_on: Cli) 
 
 
 def test_load_without_dependencies_is_a_call_each_time(cli_on: Cli) -> None:
-    assert cli_on("load", "dummy", "--no-deps").code == 0
-    again = cli_on("load", "dummy", "--no-deps")
+    assert cli_on("load", "pcspkr", "--no-deps").code == 0
+    again = cli_on("load", "pcspkr", "--no-deps")
     assert again.code == 0
-    assert again.err == "modpressure load: dummy is already loaded: EEXIST: File exists (becoming, duplicate)\n"
-    strict = cli_on("load", "dummy", "--no-deps", "--strict", "--policy", "v6.3", "--json")
+    assert again.err == "modpressure load: pcspkr is already loaded: EEXIST: File exists (becoming, duplicate)\n"
+    strict = cli_on("load", "pcspkr", "--no-deps", "--strict", "--policy", "v6.3", "--json")
     assert strict.code == 1
     [loaded] = strict.json["loads"]
     assert (loaded["call"]["errno"], loaded["call"]["outcome"]) == ("EEXIST", "OUTCOME_LOAD")
-    assert loaded["error"].startswith("dummy is already loaded: EEXIST: File exists (load")
+    assert loaded["error"].startswith("pcspkr is already loaded: EEXIST: File exists (load")
     assert stats_of(cli_on)["duplicates"] == 2
 
 
 def test_several_modules_are_all_tried(cli_on: Cli) -> None:
-    done = cli_on("load", "dummy", "no_such_module", "loop", "--json")
+    done = cli_on("load", "pcspkr", "no_such_module", "loop", "--json")
     assert done.code == 1
     assert [bool(loaded.get("error")) for loaded in done.json["loads"]] == [False, True, False]
     assert "no_such_module" in done.err
@@ -112,16 +112,16 @@ def test_an_errno_has_its_words(cli_on: Cli) -> None:
 
 def test_what_is_no_module_is_one_sentence(cli_on: Cli) -> None:
     assert "'no_such_module'" in cli_on.fails(1, "load", "no_such_module")
-    assert "'../dummy'" in cli_on.fails(2, "load", "../dummy")
+    assert "'../pcspkr'" in cli_on.fails(2, "load", "../pcspkr")
     assert "no_such_module" in cli_on.fails(1, "storm", "-m", "no_such_module", "-w", "2")
     assert "no_such_module" in cli_on.fails(1, "modules", "info", "no_such_module")
 
 
 def test_unload(cli_on: Cli) -> None:
-    load(cli_on, "dummy")
-    assert cli_on("unload", "dummy") == Done(0, "", "")
-    assert cli_on.fails(1, "unload", "dummy") == "modpressure unload: dummy: ENOENT: No such file or directory"
-    done = cli_on("unload", "dummy", "--json")
+    load(cli_on, "pcspkr")
+    assert cli_on("unload", "pcspkr") == Done(0, "", "")
+    assert cli_on.fails(1, "unload", "pcspkr") == "modpressure unload: pcspkr: ENOENT: No such file or directory"
+    done = cli_on("unload", "pcspkr", "--json")
     assert done.json["unloads"][0]["unload"]["errno"] == "ENOENT"
     assert stats_of(cli_on)["unloads"] == 1
 
@@ -162,9 +162,9 @@ def test_a_storm_over_three_loaders_adds_up(cli_on: Cli) -> None:
 
 
 def test_a_storm_prints_tables_and_lines(cli_on: Cli) -> None:
-    done = cli_on("storm", "-w", "6", "-m", "dummy,loop", "--mode", "once", "--policy", "v6.3", "--separate-copies")
+    done = cli_on("storm", "-w", "6", "-m", "pcspkr,loop", "--mode", "once", "--policy", "v6.3", "--separate-copies")
     assert done.code == 0
-    assert done.err.splitlines()[0] == "storm: 6 workers, dummy, loop"
+    assert done.err.splitlines()[0] == "storm: 6 workers, pcspkr, loop"
     rows = [line.split() for line in done.out.splitlines()]
     assert ["live", "2"] in rows
     assert ["load", "EEXIST", "10"] in rows
@@ -177,10 +177,10 @@ def test_a_storm_prints_tables_and_lines(cli_on: Cli) -> None:
 
     listed = cli_on("duplicates", "--json").json["modules"]
     assert sorted((each["module"], each["load_count"], each["reason"]) for each in listed) == [
-        ("dummy", 5, "Load"),
         ("loop", 5, "Load"),
+        ("pcspkr", 5, "Load"),
     ]
-    assert "dummy" in cli_on("duplicates").out
+    assert "pcspkr" in cli_on("duplicates").out
 
 
 def test_a_storm_without_dependencies_fails_as_modules_without_theirs_do(cli_on: Cli) -> None:
@@ -191,7 +191,7 @@ def test_a_storm_without_dependencies_fails_as_modules_without_theirs_do(cli_on:
 
 
 def test_ctrl_c_stops_a_storm_and_prints_what_was_counted(cli_on: Cli) -> None:
-    with cli_on.start("storm", "-w", "9", "-m", "dummy", "--seconds", "600", "--json") as process:
+    with cli_on.start("storm", "-w", "9", "-m", "pcspkr", "--seconds", "600", "--json") as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "duplicates" in line:
@@ -210,7 +210,7 @@ def test_ctrl_c_stops_a_storm_and_prints_what_was_counted(cli_on: Cli) -> None:
 
 def test_a_terminal_shows_a_bar(cli_on: Cli) -> None:
     leader, follower = pty.openpty()
-    with cli_on.start("storm", "-w", "3", "-m", "dummy", "--ops", "20", stderr=follower) as process:
+    with cli_on.start("storm", "-w", "3", "-m", "pcspkr", "--ops", "20", stderr=follower) as process:
         os.close(follower)
         shown = b""
         try:
@@ -231,11 +231,11 @@ def test_a_terminal_shows_a_bar(cli_on: Cli) -> None:
 
 
 def test_reports(cli_on: Cli) -> None:
-    load(cli_on, "dummy", "dummy")
+    load(cli_on, "pcspkr", "pcspkr")
     counters = stats_of(cli_on)
     rfc = cli_on("report").out
     assert rfc.splitlines()[0].split() == ["Modules", "loaded", "1"]
-    assert rfc.endswith(f"Failed modules:\n{'dummy':>25}\n")
+    assert rfc.endswith(f"Failed modules:\n{'pcspkr':>25}\n")
     mainline = cli_on("report", "--format", "mainline").out
     assert f"{'Total module size':>25}\t{counters['total_mod_size']}\n" in mainline
     assert cli_on("report", "--format", "rfc-as-posted", "--json").json["text"].startswith(rfc.splitlines()[0])
@@ -251,7 +251,7 @@ def test_stats_as_text_have_every_counter(cli_on: Cli) -> None:
 
 
 def test_events_are_filtered_and_limited(cli_on: Cli) -> None:
-    load(cli_on, "dummy", "loop", "dummy")
+    load(cli_on, "pcspkr", "loop", "pcspkr")
     cli_on("unload", "loop")
 
     def shown(*arguments: str) -> list[int]:
@@ -259,19 +259,19 @@ def test_events_are_filtered_and_limited(cli_on: Cli) -> None:
 
     assert shown() == [1, 2, 3, 4]
     assert shown("--limit", "2") == [3, 4]
-    assert shown("--module", "dummy") == [1, 3]
+    assert shown("--module", "pcspkr") == [1, 3]
     assert shown("--outcome", "live") == [1, 2]
     assert shown("--outcome", "live,becoming", "--limit", "2") == [2, 3]
     lines = cli_on("events").out.splitlines()
-    assert "load dummy  becoming EEXIST" in lines[2]
+    assert "load pcspkr  becoming EEXIST" in lines[2]
     assert "unload loop" in lines[3]
 
 
 def test_events_are_followed(cli_on: Cli) -> None:
-    load(cli_on, "dummy")
+    load(cli_on, "pcspkr")
     with cli_on.start("events", "--follow", "--json", "--limit", "1") as process:
         assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["call"]["module"] == "dummy"
+        assert json.loads(process.stdout.readline())["call"]["module"] == "pcspkr"
         load(cli_on, "loop")
         cli_on("unload", "loop")
         assert json.loads(process.stdout.readline())["call"]["module"] == "loop"
@@ -284,7 +284,7 @@ def test_watch(cli_on: Cli) -> None:
     with cli_on.start("watch", "--json", "--interval", "0.05") as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["calls"] == 0
-        load(cli_on, "dummy")
+        load(cli_on, "pcspkr")
         for line in process.stdout:
             if json.loads(line)["modcount"] == 1:
                 break
@@ -296,7 +296,7 @@ def test_watch(cli_on: Cli) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error_to_show(cli_on: Cli) -> None:
-    load(cli_on, "dummy", "dummy", "dummy")
+    load(cli_on, "pcspkr", "pcspkr", "pcspkr")
     command = f"'{EXECUTABLE}' events --limit 0 | head -n 1"
     done = subprocess.run(["bash", "-c", command], env=cli_on.environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -309,8 +309,8 @@ def test_a_reader_that_leaves_early_is_no_error_to_show(cli_on: Cli) -> None:
 def test_modules(machine: Up) -> None:
     cli = machine.cli
     listed = cli("modules", "list", "--json").json["modules"]
-    assert {"dummy", "empty", "loop", "nonsense", "xfs"} <= {module["name"] for module in listed}
-    assert [line.split()[0] for line in cli("modules", "list", "d*").out.splitlines()] == ["Module", "dummy"]
+    assert {"pcspkr", "empty", "loop", "nonsense", "xfs"} <= {module["name"] for module in listed}
+    assert [line.split()[0] for line in cli("modules", "list", "pc*").out.splitlines()] == ["Module", "pcspkr"]
 
     info = cli("modules", "info", "xfs", "--json").json
     assert info["layout"]["total_bytes"] == sum(size for name, size in info["layout"].items() if name != "total_bytes")
@@ -332,7 +332,7 @@ def test_systems(machine: Up, system: str) -> None:
         ["System", "Policy"],
         [other, "v6.5"],
     ]
-    cli("load", "dummy", "--system", other)
+    cli("load", "pcspkr", "--system", other)
     assert cli("systems", "reset", other).code == 0
     assert cli("stats", "--system", other, "--json").json["calls"] == 0
     assert cli("systems", "delete", other).code == 0
@@ -351,7 +351,7 @@ def test_up_tells_where_it_is_and_leaves_nothing_behind(start_up: StartUp, small
     assert list(up.running["pids"]) == ["stats", "loader-1", "loader-2"]
     assert all(alive(pid) for pid in up.pids)
     assert up.cli("systems", "show", "--json").json["policy"] == "POLICY_V6_3"
-    assert up.cli("load", "dummy").code == 0
+    assert up.cli("load", "pcspkr").code == 0
     database = Path(up.running["database"])
     assert database.exists()
 
@@ -367,7 +367,7 @@ def test_up_keeps_a_database_that_it_is_given(start_up: StartUp, small_tree: Pat
     database = tmp_path / "kept.sqlite3"
     arguments = ("--tree", str(small_tree), "--database", str(database), "--quiet")
     first = start_up(*arguments)
-    assert first.cli("load", "dummy").code == 0
+    assert first.cli("load", "pcspkr").code == 0
     assert first.stop(signal.SIGTERM).code == 143
     second = start_up(*arguments, "--policy", "v6.4")
     assert second.cli("stats", "--json").json["calls"] == 1
@@ -471,5 +471,5 @@ def test_nobody_there(cli: Cli) -> None:
     expected = f"modpressure: no answer from stats_svc at {address}: connection refused"
     for command in (["report"], ["watch"]):
         assert cli.fails(1, *command, "--stats", address) == expected
-    for command in (["load", "dummy"], ["storm", "-m", "dummy"]):
+    for command in (["load", "pcspkr"], ["storm", "-m", "pcspkr"]):
         assert address in cli.fails(1, *command, "--loaders", address)
