@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -16,7 +15,6 @@ from typing import Any, Final
 
 from modpressure.errors import ModpressureError
 
-_PR_SET_PDEATHSIG: Final = 1
 _MAX_LINE_BYTES: Final = 1 << 20
 
 STOP_SECONDS: Final = 15.0
@@ -81,32 +79,22 @@ class Children:
         self._stopping = False
         self.died: asyncio.Future[ChildDied] = asyncio.get_running_loop().create_future()
         """The first child that ended by itself."""
-        # Loaded here, because little is safe between fork and exec.
-        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     async def start(self, name: str, arguments: Sequence[str]) -> Child:
         """Start ``python -m`` with ``arguments``.
 
         In a session of its own, so that Ctrl-C reaches this process alone, which then stops the others in order.
         """
-        parent, libc = os.getpid(), self._libc
-
-        def die_with_parent() -> None:
-            if libc is not None:
-                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != parent:  # it has died in between
-                    os._exit(1)
-
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
+            # -P: whatever the current directory has of the same name is not ours.
+            *("-P", "-m", "modpressure.cli.child", str(os.getpid())),
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=PIPE,
             stderr=STDOUT,
             limit=_MAX_LINE_BYTES,
             start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509, RUF100 (no other thread holds a lock that it needs)
         )
         child = Child(name, process, self._on_line)
         task = self._children[child] = asyncio.create_task(child.follow())
@@ -123,7 +111,7 @@ class Children:
         self._hurry.set()
 
     async def stop(self) -> None:
-        """Stop all, the last started first of all but the first, which the others need; kill what takes too long."""
+        """Stop all, the first one last, since the others need it to end well; kill what takes too long."""
         self._stopping = True
         children = list(self._children)
         for group in (children[1:], children[:1]):
