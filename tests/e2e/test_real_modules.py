@@ -75,10 +75,10 @@ def events(grpcurl: str, stats: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     token = ""
     while True:
-        request = {"pageSize": 1000, "pageToken": token}
+        request = {"page_size": 1000, "page_token": token}
         [page] = call(grpcurl, stats, "StatsService/ListEvents", request)
         found += page["events"]
-        token = page["nextPageToken"]
+        token = page["next_page_token"]
         if not token:
             return found
 
@@ -91,7 +91,7 @@ def recount(calls: list[dict[str, Any]]) -> tuple[Counters, dict[str, FailedModu
     counters, failed = Counters(), {}
     for one in calls:
         outcome = Outcome[one["outcome"].removeprefix("OUTCOME_")]
-        image, packed, mod = int(one["imageBytes"]), int(one["compressedBytes"]), int(one["modBytes"])
+        image, packed, mod = int(one["image_bytes"]), int(one["compressed_bytes"]), int(one["mod_bytes"])
         # EEXIST and EBUSY of a call that ran are the duplicates; of one that shared a result they are not.
         duplicate = one["errno"] in ("EEXIST", "EBUSY") and outcome is not Outcome.SHARED
         assert duplicate == one["duplicate"]
@@ -101,7 +101,7 @@ def recount(calls: list[dict[str, Any]]) -> tuple[Counters, dict[str, FailedModu
         if outcome is Outcome.LIVE:
             counters.modcount += 1
             counters.total_mod_size += mod
-            counters.total_text_size += int(one["textBytes"])
+            counters.total_text_size += int(one["text_bytes"])
         elif outcome is Outcome.BECOMING:
             wasted = image + packed
             counters.failed_becoming += 1
@@ -145,10 +145,10 @@ def test_what_a_storm_of_real_modules_counts_follows_from_its_calls(
     counters, failed = recount(calls)
     [answer] = call(grpcurl, stats, "StatsService/GetStats")
     counted = answer["stats"]
-    assert {name: int(counted[camel(name)]) for name in KERNEL_NAMES} == {
+    assert {name: int(counted[name]) for name in KERNEL_NAMES} == {
         name: getattr(counters, name) for name in KERNEL_NAMES
     }
-    assert int(counted["virtualMemWastedBytes"]) == counters.virtual_mem_wasted_bytes
+    assert int(counted["virtual_mem_wasted_bytes"]) == counters.virtual_mem_wasted_bytes
     # Every loader was one of the machine's.
     assert len({one["loader"] for one in calls}) == LOADERS
     # What the clients were told is what was logged.
@@ -165,7 +165,7 @@ def test_what_a_storm_of_real_modules_counts_follows_from_its_calls(
         assert report["text"] == text
     ran = [one for one in calls if one["outcome"] != "OUTCOME_SHARED"]
     packed = [one for one in ran if not one["file"].endswith(".ko")]
-    assert all(one["compressedBytes"] == one["fileBytes"] for one in packed)
+    assert all(one["compressed_bytes"] == one["file_bytes"] for one in packed)
     assert len(packed) == (len(ran) if debian_packs(debian) else 0)
 
 
@@ -191,12 +191,6 @@ KERNEL_NAMES = (
 def debian_packs(debian: DebianKernel) -> bool:
     """Return whether the module files of a kernel are compressed."""
     return next(debian.root.rglob("*.ko*")).suffix != ".ko"
-
-
-def camel(name: str) -> str:
-    """Return a field's name as JSON has it."""
-    first, *rest = name.split("_")
-    return first + "".join(word.capitalize() for word in rest)
 
 
 def policy_word(policy: str) -> str:
