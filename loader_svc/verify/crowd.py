@@ -32,6 +32,9 @@ JITTER: Final = 0.35
 
 SLICE_NS: Final = 12_000_000
 
+WAKE_NS: Final = 200_000
+"""How much later each worker starts than the one before it: releasing many at once takes its time, too."""
+
 
 class Costs:
     """What steps cost, with some chance in it."""
@@ -86,11 +89,16 @@ class Crowd:
         self.machine.counters = type(self.machine.counters)()
         self.machine.peak_bytes = self.machine.held_bytes
 
-    def begin(self, target: Target, worker: int) -> LocalCall:
-        """Have a worker begin a call now."""
+    def release(self, target: Target, workers: int) -> None:
+        """Have workers begin a call each, together."""
+        for worker in range(workers):
+            self.begin(target, worker, self.machine.clock.now_ns + worker * WAKE_NS)
+
+    def begin(self, target: Target, worker: int, at_ns: int | None = None) -> LocalCall:
+        """Have a worker begin a call, now if no time is given."""
         call = self._call(target.file, target.flags, worker)
         call.on_end = self._ended
-        return self.machine.begin(call)
+        return self.machine.begin(call, at_ns)
 
     def _call(self, file: ScriptFile, flags: int, worker: int) -> LocalCall:
         inode = f"{file.inode}:{worker}" if self._separate_copies else file.inode

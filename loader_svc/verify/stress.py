@@ -54,10 +54,10 @@ def _simulate(
 ) -> dict[str, int]:
     crowd = Crowd(identity, policy_of(row["kernel"]), targets.plans, cpus=CPUS, seed=1, separate_copies=False)
     crowd.prepare(target)
-    for worker in range(number(row, "workers")):
-        if once:
-            crowd.begin(target, worker)
-        else:
+    if once:
+        crowd.release(target, number(row, "workers"))
+    else:
+        for worker in range(number(row, "workers")):
             Repeater(crowd, target, plan.module, worker, TURNS).begin()
     crowd.machine.run()
     errnos = crowd.errnos

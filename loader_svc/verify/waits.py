@@ -33,7 +33,7 @@ COLUMNS: Final = ("kernel", "case", "errno1", "end1_ms", "errno2", "start2_ms", 
 
 DEFAULT_START2_MS: Final = 300
 
-LATE_MS: Final = 100
+LATE_MS: Final = 300
 LATE_SHARE: Final = 0.1
 """How much later than simulated an end may have been measured: the simulation's calls take no time of their own."""
 
