@@ -7,7 +7,7 @@ import contextlib
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 
@@ -25,7 +25,11 @@ from modpressure.settings import LoaderSettings
 from modpressure.v1.loader_service_pb2_grpc import add_LoaderServiceServicer_to_server
 
 SERVICE: Final = "modpressure.v1.LoaderService"
-CATALOGUES: Final = {"catalogue": "plain", "catalogue-xz": "xz", "catalogue-zst": "zst"}
+CATALOGUES: Final[dict[str, Literal["plain", "xz", "zst"]]] = {
+    "catalogue": "plain",
+    "catalogue-xz": "xz",
+    "catalogue-zst": "zst",
+}
 
 log = structlog.get_logger(__name__)
 

@@ -43,7 +43,7 @@ class CannotListen(ModpressureError):
     """The address can't be listened on."""
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+class _Health(health.aio.HealthServicer):
     """Health whose watchers do not hold up the stop: they would keep it waiting for the whole grace."""
 
     def __init__(self, stopping: asyncio.Event) -> None:
