@@ -8,7 +8,7 @@ import json as jsons
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -16,24 +16,18 @@ from typing import Annotated, Any, Final
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
-from rich.text import Text
 
-from modpressure.cli.children import Child, Children, parse_line
+from modpressure.cli.children import Children
 from modpressure.cli.output import POLICIES, PolicyWord, print_json, print_text, word_of
 from modpressure.cli.session import Session, command, whole_number
+from modpressure.cli.up_view import STATS_SERVICE, Running, announcement, line_printer
 from modpressure.client import Client
 from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotNow
-from modpressure.settings import ClientSettings
-from modpressure.settings_sources import variable
 
-STATS_SERVICE: Final = "modpressure.v1.StatsService"
 LOADER_SERVICE: Final = "modpressure.v1.LoaderService"
 
 MAX_LOADERS: Final = 256
 DEFAULT_SYSTEM: Final = "default"
-
-_COLOURS: Final = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +58,6 @@ class Plan:
 
     def _common(self) -> list[str]:
         return ["--log-format", "json", *(["--config", str(self.config)] if self.config else [])]
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """What was started, and where."""
-
-    stats: str
-    loaders: list[str]
-    database: str
-    pids: dict[str, int]
-
-    def document(self) -> dict[str, Any]:
-        """Return it as JSON's types."""
-        return {"stats": self.stats, "loaders": self.loaders, "database": self.database, "pids": self.pids}
 
 
 @command()
@@ -141,7 +121,7 @@ async def up(
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modpressure-"))
             database = f"{directory}/modpressure.sqlite3"
         plan = Plan(loaders, host, port, tree, database, policy, session.config)
-        children = Children(_line_printer(quiet))
+        children = Children(line_printer(quiet))
         with _stop_signals(children) as stopped:
             try:
                 return await _run(session, plan, children, stopped, ready_file)
@@ -267,61 +247,3 @@ def _announce(session: Session, running: Running, ready_file: Path | None) -> No
         print_json(running.document())
     else:
         print_text(announcement(running))
-
-
-def announcement(running: Running) -> str:
-    """Return what a user has to know about what runs."""
-    lines = [
-        f"stats_svc   {running.stats}",
-        *(f"loader_svc  {address}" for address in running.loaders),
-        f"database    {running.database}",
-        "",
-        "In another terminal:",
-    ]
-    defaults = ClientSettings()
-    if running.stats != defaults.stats:
-        lines.append(f"  export {variable(ClientSettings, 'stats')}={running.stats}")
-    if running.loaders != defaults.loaders:
-        lines.append(f"  export {variable(ClientSettings, 'loaders')}={','.join(running.loaders)}")
-    lines += [
-        "  modpressure storm --workers 100 --module xfs",
-        "  modpressure report",
-        f"  grpcurl -plaintext {running.stats} {STATS_SERVICE}/GetReport | jq -r .text",
-        "",
-        "Ctrl-C stops all of them.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-class _LogConsole(Console):
-    """Where log lines go; if nobody reads them any more, all is stopped, as by any other signal."""
-
-    def on_broken_pipe(self) -> None:
-        """Stop, in order."""
-        self.quiet = True
-        signal.raise_signal(signal.SIGTERM)
-
-
-def _line_printer(quiet: bool) -> Callable[[Child, str], None]:
-    target = _LogConsole(stderr=True, markup=False, highlight=False, emoji=False)
-    numbers: dict[str, int] = {}
-
-    def print_line(child: Child, line: str) -> None:
-        if quiet and parse_line(line).get("level") not in ("warning", "error", "critical"):
-            return
-        colour = _COLOURS[numbers.setdefault(child.name, len(numbers)) % len(_COLOURS)]
-        target.print(Text(f"{child.name:<10}", style=colour), log_text(line), soft_wrap=True)
-
-    return print_line
-
-
-def log_text(line: str) -> str:
-    """Return a line of a structured log for people; any other line as it is."""
-    event = parse_line(line)
-    if not event:
-        return line
-    time, level, what = (str(event.pop(key, "")) for key in ("timestamp", "level", "event"))
-    trace = event.pop("exception", None)
-    rest = " ".join(f"{key}={value}" for key, value in event.items())
-    head = " ".join(part for part in (time[11:19], f"{level:<7}", what, rest) if part)
-    return f"{head}\n{trace}" if trace else head

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from modpressure import __version__
-from modpressure.cli import children, events, load, modules, output, storm_view, up
+from modpressure.cli import children, events, load, modules, output, storm_view, up_view
 from modpressure.cli.main import app, main
 from modpressure.kernel.outcome import Outcome as KernelOutcome
 from modpressure.kernel.policy import POLICIES as KERNEL_POLICIES
@@ -300,20 +300,20 @@ def test_without_a_terminal_progress_is_a_line_a_second_at_most(capsys: pytest.C
 
 
 def test_what_up_says_can_be_pasted() -> None:
-    running = up.Running("127.0.0.1:5", ["127.0.0.1:6", "127.0.0.1:7"], "/tmp/x", {})
-    text = up.announcement(running)
+    running = up_view.Running("127.0.0.1:5", ["127.0.0.1:6", "127.0.0.1:7"], "/tmp/x", {})
+    text = up_view.announcement(running)
     assert "export MODPRESSURE_CLIENT_STATS=127.0.0.1:5\n" in text
     assert "export MODPRESSURE_CLIENT_LOADERS=127.0.0.1:6,127.0.0.1:7\n" in text
     assert "grpcurl -plaintext 127.0.0.1:5 modpressure.v1.StatsService/GetReport | jq -r .text\n" in text
-    plain = up.announcement(up.Running("127.0.0.1:50050", ["127.0.0.1:50051"], "/tmp/x", {}))
+    plain = up_view.announcement(up_view.Running("127.0.0.1:50050", ["127.0.0.1:50051"], "/tmp/x", {}))
     assert "export" not in plain
 
 
 def test_a_childs_lines_are_shown_for_people() -> None:
     line = '{"event": "listening", "level": "info", "timestamp": "2024-01-02T03:04:05.1Z", "address": "a:1", "n": 2}'
-    assert up.log_text(line) == "03:04:05 info    listening address=a:1 n=2"
-    assert up.log_text("{not json") == "{not json"
-    assert up.log_text("Warning: [/x]") == "Warning: [/x]"
+    assert up_view.log_text(line) == "03:04:05 info    listening address=a:1 n=2"
+    assert up_view.log_text("{not json") == "{not json"
+    assert up_view.log_text("Warning: [/x]") == "Warning: [/x]"
     assert children.parse_line("[1]") == {}
 
 
