@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 MAX_BATCH_OPERATIONS = 1000
+MAX_BATCHES_IN_FLIGHT = 1
+"""Batches that may be on their way at once. While one is, operations gather for the next: what a message and a commit
+cost is shared by all that they carry, and a lone caller waits no longer for it."""
+
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
 TELL_HELD_SECONDS = 0.25
@@ -97,6 +101,8 @@ class LedgerClient:
         self._said_held_bytes = 0
         self._outbox: list[pb.Operation] = []
         self._outbox_filled = asyncio.Event()
+        self._room = asyncio.Event()
+        self._applied_sequence = 0
         self._asked: dict[int, _Asked] = {}
         self._batches: dict[int, _Batch] = {}
         self._gates: dict[int, pb.HeldGate] = {}
@@ -218,6 +224,8 @@ class LedgerClient:
             again = list(self._say_again(applied_sequence))
             writer = asyncio.create_task(self._write(stream, again))
             teller = asyncio.create_task(self._tell_held())
+            self._applied_sequence = self._last_sequence
+            self._room.set()
             self._set_connected(True)
             while isinstance(response := await stream.read(), pb.ConnectResponse):
                 self._take(response.results)
@@ -248,11 +256,15 @@ class LedgerClient:
             await stream.write(pb.ConnectRequest(batch=message))
         while True:
             await self._outbox_filled.wait()
+            await self._room.wait()
             operations = self._outbox[:MAX_BATCH_OPERATIONS]
             del self._outbox[:MAX_BATCH_OPERATIONS]
             if not self._outbox:
                 self._outbox_filled.clear()
-            await stream.write(pb.ConnectRequest(batch=self._batch(operations)))
+            batch = self._batch(operations)
+            if self._last_sequence - self._applied_sequence >= MAX_BATCHES_IN_FLIGHT:
+                self._room.clear()
+            await stream.write(pb.ConnectRequest(batch=batch))
 
     async def _tell_held(self) -> None:
         """Have a batch without operations sent where an idle loader holds something else than it last said."""
@@ -280,6 +292,8 @@ class LedgerClient:
         return message
 
     def _take(self, results: pb.ResultBatch) -> None:
+        self._applied_sequence = results.applied_sequence
+        self._room.set()
         for result in results.results:
             call_id = result.call_id
             asked = self._asked.pop(call_id, None)

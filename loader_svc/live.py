@@ -6,12 +6,11 @@ of its own, so that the process's resident set shows what the simulated kernel h
 
 from __future__ import annotations
 
-import asyncio
 import errno
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final
@@ -44,6 +43,7 @@ from loader_svc.steps import (
     Step,
     Unpack,
 )
+from loader_svc.workers import FileWorkers
 from modpressure.errors import ModpressureError, NotNow, OverLimit
 from modpressure.kernel.modules_list import Answer, Verdict
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Outcome, Syscall
@@ -77,6 +77,9 @@ class File:
     open: Callable[[], int]
     """Returns a new read-only descriptor; ModpressureError if the file is away or leads out of the tree."""
 
+    is_small: bool = False
+    """Whether reading and laying it out takes less than handing it to a thread does."""
+
 
 @dataclass(slots=True)
 class Request:
@@ -109,7 +112,7 @@ class Machine:
     """What all calls of a loader share: its memory, threads, plans, and its line to stats_svc."""
 
     ledger: LedgerClient
-    executor: Executor
+    workers: FileWorkers
     plans: Plans
     budget: MemoryBudget
     meter: Meter
@@ -181,7 +184,6 @@ class LiveCall:
         return self._result
 
     async def _drive(self, pipeline: Pipeline) -> None:
-        loop = asyncio.get_running_loop()
         answer: Any = None
         while True:
             try:
@@ -189,7 +191,8 @@ class LiveCall:
             except StopIteration:
                 return
             if self._is_for_a_thread(step):
-                step = await loop.run_in_executor(self._machine.executor, self._work, pipeline, step)
+                work = functools.partial(self._work, pipeline, step)
+                step = await self._machine.workers.run(work, small=self._request.file.is_small)
             answer = await self._carry_out(step)
 
     def _is_for_a_thread(self, step: Step) -> bool:
@@ -288,16 +291,19 @@ class LiveCall:
         size_bytes = plan.version.size_bytes
         area = Area(size_bytes, holdings)
         offset = 0
-        with memoryview(area.pages) as view:
-            while offset < size_bytes:
-                with view[offset:size_bytes] as rest:
-                    length = os.preadv(self._fd, [rest], offset)
-                if length == 0:
-                    break
-                offset += length
-        if offset < size_bytes or FileVersion.of(self._fd) != plan.version:
+        try:
+            with memoryview(area.pages) as view:
+                while offset < size_bytes:
+                    with view[offset:size_bytes] as rest:
+                        length = os.preadv(self._fd, [rest], offset)
+                    if length == 0:
+                        break
+                    offset += length
+            if offset < size_bytes or FileVersion.of(self._fd) != plan.version:
+                raise NotNow(f"{self._request.file.path} changed while it was being read")
+        except BaseException:
             area.free()
-            raise NotNow(f"{self._request.file.path} changed while it was being read")
+            raise
         return area
 
     def _unpack(self) -> Failure | None:

@@ -25,6 +25,9 @@ ALGORITHMS: Final[dict[str, Algorithm]] = {"gz": "gzip", "xz": "xz", "zst": "zst
 
 MAX_REMEMBERED_STEPS: Final = 10_000
 
+SMALL_FILE_BYTES: Final = 128 * 1024
+"""Plain files up to this are read in one go with others: a turn of a thread takes longer than the read."""
+
 KMOD_WITH_KERNEL_DECOMPRESSION: Final = 34
 
 
@@ -112,7 +115,9 @@ class Loader:
         # The same file of the same tree is one inode on every loader; a copy is another.
         inode = f"{self.tree.identity}:{entry.path}:{copy}"
         spec = CallSpec(entry.name, inode, requests.POLICIES[policy], syscall, flags, parameters)
-        return spec, File(entry.path, algorithm, functools.partial(self.tree.open_file, entry.name))
+        is_small = algorithm is None and (entry.size_bytes or 0) <= SMALL_FILE_BYTES
+        open_file = functools.partial(self.tree.open_file, entry.name)
+        return spec, File(entry.path, algorithm, open_file, is_small)
 
     def steps(self, text: str, *, with_dependencies: bool) -> tuple[list[str], list[LoadStep]]:
         """Return what a name or alias stands for, and the files to load for it, in order.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,6 +18,7 @@ from loader_svc.memory import MemoryBudget, Meter
 from loader_svc.plan import Plans
 from loader_svc.servicer import LoaderServicer
 from loader_svc.trees import ModuleTree, TreeError, open_tree
+from loader_svc.workers import FileWorkers
 from modpressure.grpc_server import GrpcServer
 from modpressure.identity_files import load_identity
 from modpressure.settings import LoaderSettings
@@ -57,7 +57,7 @@ async def serve(settings: LoaderSettings) -> None:
     tree = await asyncio.to_thread(open_settings_tree, settings)
     identity = await asyncio.to_thread(load_identity, settings.identity)
     server = GrpcServer(settings.listen, reflection=settings.reflection, grace_seconds=settings.grace_seconds)
-    executor = ThreadPoolExecutor(settings.threads, thread_name_prefix="files")
+    workers = FileWorkers(settings.threads)
     meter = Meter()
     connected = asyncio.Event()
     health_changed = asyncio.Event()
@@ -85,7 +85,7 @@ async def serve(settings: LoaderSettings) -> None:
     )
     machine = Machine(
         ledger=ledger,
-        executor=executor,
+        workers=workers,
         plans=Plans(settings.image_limit_bytes, identity),
         budget=MemoryBudget(settings.memory_limit_bytes),
         meter=meter,
@@ -120,5 +120,5 @@ async def serve(settings: LoaderSettings) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        executor.shutdown(wait=False, cancel_futures=True)
+        workers.shutdown()
     log.info("loader_svc stopped", loader=machine.loader)

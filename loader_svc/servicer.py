@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import functools
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -109,20 +110,15 @@ class LoaderServicer(LoaderServiceServicer):
     async def GetModule(self, request: pb.GetModuleRequest, context: Any) -> pb.GetModuleResponse:
         """Describe one module."""
         async with translate_errors(context, "Loader.GetModule"):
-            loop = asyncio.get_running_loop()
             loader = self._loader
-            module = await loop.run_in_executor(
-                loader.machine.executor,
-                describe_module,
-                loader.tree,
-                request.module,
-                loader.machine.plans.image_limit_bytes,
-            )
+            limit_bytes = loader.machine.plans.image_limit_bytes
+            describe = functools.partial(describe_module, loader.tree, request.module, limit_bytes)
+            module = await loader.machine.workers.run(describe)
             return pb.GetModuleResponse(module=module)
 
 
 async def _control(messages: AsyncIterator[pb.RunStormRequest], storm: Storm, started: asyncio.Event) -> None:
-    """Obey the messages that come after the first. The end of the stream means nothing: no more will be said."""
+    """Obey the messages that come after the first. If they end before an awaited start, none will come: stop."""
     async for message in messages:
         match message.WhichOneof("kind"):
             case "start":
@@ -130,6 +126,9 @@ async def _control(messages: AsyncIterator[pb.RunStormRequest], storm: Storm, st
             case "stop":
                 storm.stop()
                 started.set()
+    if not started.is_set():
+        storm.stop()
+        started.set()
 
 
 class _ManyRequests:
@@ -158,19 +157,18 @@ class _ManyRequests:
         self._news.set()
 
     async def _carry_out(self, request: pb.ModuleRequest) -> None:
-        answer = pb.ModuleResponse(tag=request.tag)
+        tag = request.tag
         try:
             match request.WhichOneof("kind"):
                 case "load":
-                    answer.load.CopyFrom(await self._loader.load(request.load))
+                    answer = pb.ModuleResponse(tag=tag, load=await self._loader.load(request.load))
                 case "unload":
-                    answer.unload.CopyFrom(await self._loader.unload(request.unload))
+                    answer = pb.ModuleResponse(tag=tag, unload=await self._loader.unload(request.unload))
                 case _:
-                    raise BadRequest(f"request {request.tag} asks for nothing", field="requests")
+                    raise BadRequest(f"request {tag} asks for nothing", field="requests")
         except Exception as error:
             status = status_of(error)
-            answer.error.code = status.code
-            answer.error.message = status.message
+            answer = pb.ModuleResponse(tag=tag, error=pb.RequestError(code=status.code, message=status.message))
         self._answers.append(answer)
 
     async def answers(self, reader: asyncio.Future[None]) -> AsyncIterator[list[pb.ModuleResponse]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from loader_svc.trees.cache import IndexCache
 from loader_svc.trees.config import ModprobeConfig, read_config
-from loader_svc.trees.confine import open_inside
+from loader_svc.trees.confine import Opener
 from loader_svc.trees.depmod import index_files
 from loader_svc.trees.errors import OutsideTree, TreeNotFound, UnknownModule
 from loader_svc.trees.index import TreeIndex
@@ -52,6 +52,7 @@ class ModuleTree:
 
     def __init__(self, root: Path, identity: str, index: TreeIndex, config: ModprobeConfig) -> None:
         self._root = root
+        self._opener = Opener(root)
         self._identity = identity
         self._index = index
         self._config = config
@@ -172,7 +173,7 @@ class ModuleTree:
         The file lies in the tree, whatever links lead to it, and is a regular one. BadModuleName, UnknownModule,
         OutsideTree, or UnreadableModule if there is no such file by now.
         """
-        return open_inside(self._root, self._index.paths[self._place(name)])
+        return self._opener.open(self._index.paths[self._place(name)])
 
     def _place(self, name: str) -> int:
         key = checked_name(name)

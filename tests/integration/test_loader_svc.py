@@ -582,6 +582,13 @@ async def test_a_storm_that_makes_no_sense_is_refused(machine: Machine, fields: 
     assert (await machine.counters()).calls == 0
 
 
+async def test_a_storm_whose_start_can_never_come_ends_without_a_call(machine: Machine) -> None:
+    summary = await storm(machine, modules=["minix"], workers=4, operations=1, await_start=True)
+    assert summary.stopped
+    assert (summary.calls, summary.errors) == (0, 0)
+    assert (await machine.counters()).calls == 0
+
+
 async def test_a_storm_waits_for_the_start_and_ends_when_told(machine: Machine) -> None:
     commands: asyncio.Queue[pb.RunStormRequest | None] = asyncio.Queue()
 
