@@ -23,6 +23,7 @@ from modpressure.cli.session import Session, command, whole_number
 from modpressure.cli.up_view import STATS_SERVICE, Running, announcement, line_printer
 from modpressure.client import Client
 from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotNow
+from modpressure.settings import LoaderSettings, load_settings
 
 LOADER_SERVICE: Final = "modpressure.v1.LoaderService"
 
@@ -41,6 +42,8 @@ class Plan:
     database: str
     policy: PolicyWord | None
     config: Path | None
+    memory_limit_bytes: int
+    """Of each loader: they share what one alone would take, as they share the machine."""
 
     def listen(self, index: int) -> str:
         """Return the address for the process with this number, stats_svc being 0."""
@@ -53,8 +56,8 @@ class Plan:
     def loader_arguments(self, index: int, stats: str) -> list[str]:
         """Return the same for loader number ``index``, from 1."""
         tree = ["--tree", self.tree] if self.tree else []
-        name = ["--name", f"loader-{index}"]
-        return ["loader_svc", "--listen", self.listen(index), "--stats", stats, *name, *tree, *self._common()]
+        own = ["--name", f"loader-{index}", "--memory-limit", str(self.memory_limit_bytes)]
+        return ["loader_svc", "--listen", self.listen(index), "--stats", stats, *own, *tree, *self._common()]
 
     def _common(self) -> list[str]:
         return ["--log-format", "json", *(["--config", str(self.config)] if self.config else [])]
@@ -106,8 +109,8 @@ async def up(
     Prints the addresses once all of them are well; their log lines follow, on standard error. If one of them ends, all
     are stopped, and the exit code is 1. With --json the addresses are one JSON document on standard output.
 
-    Other settings of the services are read from MODPRESSURE_STATS_* and MODPRESSURE_LOADER_* variables or from the
-    settings file.
+    The loaders share the memory limit that a single one would have. Other settings of the services are read from
+    MODPRESSURE_STATS_* and MODPRESSURE_LOADER_* variables or from the settings file.
 
     Examples:
       modpressure up
@@ -120,7 +123,9 @@ async def up(
         if database is None:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modpressure-"))
             database = f"{directory}/modpressure.sqlite3"
-        plan = Plan(loaders, host, port, tree, database, policy, session.config)
+        whole_limit_bytes = load_settings(LoaderSettings, config=session.config).memory_limit_bytes
+        limit_bytes = max(1, whole_limit_bytes // loaders)
+        plan = Plan(loaders, host, port, tree, database, policy, session.config, limit_bytes)
         children = Children(line_printer(quiet))
         with _stop_signals(children) as stopped:
             try:

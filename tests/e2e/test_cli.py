@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 
 from modpressure.cli.output import plain
 from modpressure.client import Client
+from modpressure.settings import LoaderSettings
 from tests.e2e.conftest import EXECUTABLE, TIMEOUT_SECONDS, Cli, Done, StartUp, Up, alive, end
 
 T = TypeVar("T")
@@ -361,6 +363,9 @@ def test_up_tells_where_it_is_and_leaves_nothing_behind(start_up: StartUp, small
     assert not ready_file.exists()
     assert not database.parent.exists()
     assert "loader-2" in done.err
+    # They share what a single one would have taken.
+    limits = [int(limit) for limit in re.findall(r"memory_limit_bytes=(\d+)", done.err)]
+    assert len(limits) == 2 and sum(limits) <= LoaderSettings().memory_limit_bytes
 
 
 def test_up_keeps_a_database_that_it_is_given(start_up: StartUp, small_tree: Path, tmp_path: Path) -> None:
