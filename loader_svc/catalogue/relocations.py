@@ -44,6 +44,10 @@ class Relocator:
     def __init__(self, facts: ModuleFacts, symbols: SymbolTable) -> None:
         self._name = facts.name
         self._imports = [symbols.named[wanted.name] for wanted in facts.imports if wanted.versioned]
+        self._kept: dict[str, list[tuple[int, int]]] = {}
+        for parameter in facts.parameters:
+            name, offset = parameter.name_place
+            self._kept.setdefault(name, []).append((offset, offset + len(parameter.name) + 1))
         placed = [s for s in facts.sections if s.has_symbol and "A" in s.flags and s.size_bytes]
         self._code = [(symbols.of_section[s.name][0], s.size_bytes) for s in placed if "X" in s.flags]
         self._data = [(symbols.of_section[s.name][0], s.size_bytes) for s in placed if "X" not in s.flags]
@@ -56,6 +60,8 @@ class Relocator:
         types = _spread(section.relocations)
         widths = [_WIDTHS_BYTES.get(kind, 4) for kind in types]
         offsets = self._offsets(section, widths)
+        if section.name in self._kept:
+            offsets = self._around(section, offsets, widths)
         for offset, width in zip(offsets, widths, strict=True):
             contents[offset : offset + width] = bytes(width)
         count = len(types)
@@ -78,6 +84,26 @@ class Relocator:
         steps = slack // unit
         before = accumulate(widths[:-1], initial=0)
         return [start + unit * (steps * place // count) for place, start in enumerate(before)]
+
+    def _around(self, section: Section, offsets: list[int], widths: list[int]) -> list[int]:
+        """Move relocations behind the parameters' names where they would lie in one."""
+        kept = sorted(self._kept[section.name])
+        for wanted in (offsets, [0] * len(offsets)):  # where evenly spread ones don't fit, close together ones may
+            moved: list[int] = []
+            free, following = 0, iter(kept)
+            start, end = next(following, (section.size_bytes, section.size_bytes))
+            for offset, width in zip(wanted, widths, strict=True):
+                at = max(free, offset)
+                while at + width > start:
+                    at = max(at, end)
+                    if start == section.size_bytes:
+                        break
+                    start, end = next(following, (section.size_bytes, section.size_bytes))
+                moved.append(at)
+                free = at + width
+            if free <= section.size_bytes:
+                return moved
+        raise FactsContradiction(f"{self._name}: relocations have no room beside the names in {section.name}")
 
     def _targets(self, section: Section, types: list[str]) -> list[tuple[int, int]]:
         """Symbol and addend of each: calls go to imports, code refers to data, and everything else to code."""

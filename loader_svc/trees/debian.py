@@ -52,7 +52,10 @@ def fetch_debian(package: str | None = None, directory: Path | None = None) -> D
         if not candidates:
             raise DebianUnavailable("apt knows no kernel package for this machine's architecture")
         package = candidates[0]
-    version = _field(_apt("apt-cache", directory, "show", "--no-all-versions", package), "Version")
+    try:
+        version = _field(_apt("apt-cache", directory, "show", "--no-all-versions", package), "Version")
+    except DebianUnavailable as error:
+        raise DebianUnavailable(f"nothing is known of the package {package}: {error}") from None
     target = directory / f"{package}_{version.replace('/', '_').replace(':', '_')}"
     if not target.is_dir():
         _unpack(package, directory, target)

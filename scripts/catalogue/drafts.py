@@ -115,7 +115,7 @@ def with_exports(draft: Draft, names: tuple[str, ...]) -> Draft:
             Section("__ksymtab_strings", "PROGBITS", "AMS", 0, 1, entsize_bytes=1),
         ]
     # A symbol of its own, and four of the build, for each export.
-    old_bytes, new_bytes = (sum(5 * len(e.name) + 39 for e in group) for group in (facts.exports, exports))
+    old_bytes, new_bytes = (sum(5 * len(e.name) + 43 for e in group) for group in (facts.exports, exports))
     more = 5 * (len(exports) - len(facts.exports))
     facts = resized(
         replace(facts, exports=exports, sections=tuple(sections)),
