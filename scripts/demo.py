@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODPRESSURE: Final = Path(sys.executable).parent / "modpressure"
 
-WANTED_MODULES: Final = ("xfs", "bluetooth", "e1000e", "kvm", "btrfs", "usbcore", "snd", "virtio_net")
+WANTED_MODULES: Final = ("xfs", "ext4", "e1000e", "btrfs", "kvm", "usbcore", "snd", "virtio_net")
 """Modules that most systems load at boot or on a mount, and that differ in size."""
 
 STORM_MODULES: Final = 3
