@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from loader_svc.memory import Meter
-from modpressure.errors import ModpressureError, Unavailable
+from modpressure.errors import NotNow, Unavailable
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceStub
 
@@ -122,7 +122,8 @@ class LedgerClient:
     async def ask(self, operation: pb.Operation) -> pb.OperationResult:
         """Ask one operation of one call and return its answer, however long stats_svc is away.
 
-        The call must have no other operation unanswered. ModpressureError if the server makes no sense of it.
+        The call must have no other operation unanswered. NotNow if the server makes no sense of it, as of a call in a
+        system that was deleted meanwhile.
         """
         answer: asyncio.Future[pb.OperationResult] = asyncio.get_running_loop().create_future()
         self._asked[operation.call_id] = _Asked(operation, answer)
@@ -130,7 +131,7 @@ class LedgerClient:
         self._outbox_filled.set()
         result = await answer
         if result.verdict == INVALID:
-            raise ModpressureError(result.message)
+            raise NotNow(result.message)
         return result
 
     def interrupt(self, system: str, call_id: int) -> None:
@@ -292,8 +293,10 @@ class LedgerClient:
         return message
 
     def _take(self, results: pb.ResultBatch) -> None:
-        self._applied_sequence = results.applied_sequence
-        self._room.set()
+        # Answers to calls that waited come with an older number.
+        self._applied_sequence = max(self._applied_sequence, results.applied_sequence)
+        if self._last_sequence - self._applied_sequence < MAX_BATCHES_IN_FLIGHT:
+            self._room.set()
         for result in results.results:
             call_id = result.call_id
             asked = self._asked.pop(call_id, None)
