@@ -24,6 +24,8 @@ HEALTH_SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].fu
 _HEALTH_UPDATE_SECONDS: Final = 1.0
 """Longest wait for watchers of the health that do not read."""
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
 _OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # Without this a second server on the same port would silently take half of the connections.
     ("grpc.so_reuseport", 0),
@@ -125,6 +127,8 @@ class GrpcServer:
         self.stopping = asyncio.Event()
         """Set when the stop begins. A stream without an end of its own watches this and ends."""
         self._health = _Health(self.stopping)
+        self._asked = asyncio.Event()
+        self._hurry = asyncio.Event()
 
     def add(self, servicer: Any, add_to_server: Callable[[Any, Any], None], service: str) -> None:
         """Serve ``servicer``, by the generated ``add_..._to_server`` and the service's full name.
@@ -139,7 +143,7 @@ class GrpcServer:
         self._stop_steps.append(step)
 
     async def start(self) -> str:
-        """Bind and serve; return the address with the actual port.
+        """Bind and serve; return the address with the actual port. From then on signals ask for a graceful stop.
 
         BadRequest if ``listen`` is not an address, CannotListen if it can't be had.
         """
@@ -158,6 +162,10 @@ class GrpcServer:
         for service in list(self._serving):
             await self.set_serving(service, self._serving[service])
         await self._server.start()
+        # Whoever reads the address may send a signal before anything else has run here.
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number.name)
         if self._listen.startswith("unix:"):
             return self._listen
         return f"{self._listen.rpartition(':')[0]}:{port}"
@@ -174,27 +182,16 @@ class GrpcServer:
 
     async def serve_until_stopped(self) -> None:
         """Serve until SIGINT, SIGTERM or ``stop``; return when all is down. A second signal cuts the grace short."""
-        loop = asyncio.get_running_loop()
-        asked = asyncio.Event()
-        hurry = asyncio.Event()
+        await _first(self._asked.wait(), self.stopping.wait())
+        await _first(self.stop(), self._stop_at_once())
+        await self._server.wait_for_termination()
 
-        def on_signal(name: str) -> None:
-            (hurry if asked.is_set() else asked).set()
-            _log.info("stopping at once" if hurry.is_set() else "stopping", signal=name)
+    def _on_signal(self, name: str) -> None:
+        (self._hurry if self._asked.is_set() else self._asked).set()
+        _log.info("stopping at once" if self._hurry.is_set() else "stopping", signal=name)
 
-        signals = (signal.SIGINT, signal.SIGTERM)
-        for number in signals:
-            loop.add_signal_handler(number, on_signal, number.name)
-        try:
-            await _first(asked.wait(), self.stopping.wait())
-            await _first(self.stop(), self._hurry(hurry))
-            await self._server.wait_for_termination()
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
-
-    async def _hurry(self, hurry: asyncio.Event) -> None:
-        await hurry.wait()
+    async def _stop_at_once(self) -> None:
+        await self._hurry.wait()
         await self._server.stop(0)
 
     async def stop(self, grace_seconds: float | None = None) -> None:
@@ -207,6 +204,9 @@ class GrpcServer:
         for step in self._stop_steps:
             await step()
         await self._server.stop(grace)
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 async def _first(*awaitables: Any) -> None:

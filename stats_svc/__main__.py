@@ -11,13 +11,15 @@ from stats_svc.server import serve
 
 
 def main() -> None:
-    """Serve until stopped; exit 0, or 1 with a sentence on standard error."""
+    """Serve until stopped; exit 0, 1 with a sentence on standard error, or 130 if interrupted before it served."""
     settings = parse_settings(StatsSettings, sys.argv[1:], "stats_svc")
     log.configure(settings.log_level, settings.log_format)
     try:
         aio.run(serve(settings))
     except ModpressureError as error:
         raise SystemExit(f"stats_svc: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
