@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -390,6 +391,28 @@ async def test_a_signal_ends_a_wait(bench: Bench) -> None:
     for wait in waits:
         assert said(await wait) == (INTERRUPTED, "EINTR", True)
     assert said(await a.ask(check(waiter + 100, "kvm"))) == (PROCEED, "", False)
+
+
+async def test_a_signal_is_not_forgotten_if_its_answer_is_lost(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await b.ask(reserve(b.new_call()))
+    call = a.new_call()
+    a.begin(check(call))
+    await settle(a)
+    sequence = max(a.batches)
+    a.disconnect()
+    hello = pb.Hello(instance_id="a", loader="a")
+    session, _ = await bench.ledger.connect(hello)
+    batch = pb.OperationBatch(sequence=a.sequence + 1, operations=[interrupt(call)])
+    batch.operations[0].system = "default"
+    await bench.ledger.submit(session, batch)
+    bench.ledger.disconnect(session)
+    # The answer went nowhere. It asks again what it had asked first.
+    a.unacknowledged.clear()
+    assert list(a.batches) == [sequence]
+    answer = a.answers[call]
+    await a.connect()
+    assert said(await answer) == (INTERRUPTED, "EINTR", True)
 
 
 async def test_a_module_is_unloaded_by_whomever_and_its_owner_is_told(bench: Bench) -> None:
@@ -858,6 +881,72 @@ async def test_waves_of_operations_are_committed_in_groups(bench: Bench) -> None
     for wait in waits:
         assert (await wait).verdict == PROCEED
     assert bench.faulty.commits - commits < 20
+
+
+async def test_a_slow_database_makes_loaders_wait_instead_of_filling_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stats_svc.ledger.MAX_GROUP_WEIGHT", 10)
+    [a] = await connected(bench, "a")
+    go_on = threading.Event()
+    commit = bench.faulty.commit
+
+    def stuck_commit(what: Commit) -> None:
+        assert go_on.wait(60)
+        commit(what)
+
+    monkeypatch.setattr(bench.faulty, "commit", stuck_commit)
+    applied = 0
+
+    async def pour() -> list[asyncio.Future[pb.OperationResult]]:
+        nonlocal applied
+        answers = []
+        for _ in range(100):
+            call = a.new_call()
+            answers += await a.send(reserve(call, f"m{call}"))
+            applied += 1
+        return answers
+
+    pouring = asyncio.create_task(pour())
+    # One group is stuck in the commit, the next is full; everybody else has had their turns.
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert 10 <= applied <= 21
+    go_on.set()
+    for answer in await pouring:
+        assert (await answer).verdict == PROCEED
+
+
+async def test_a_loader_that_does_not_read_its_answers_is_not_listened_to(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stats_svc.session.MAX_UNREAD_RESULTS", 10)
+    session, _ = await bench.ledger.connect(pb.Hello(instance_id="a", loader="a"))
+    sent = 0
+
+    async def pour() -> None:
+        nonlocal sent
+        for sequence in range(1, 101):
+            operation = check(sequence)
+            operation.system = "default"
+            await bench.ledger.submit(session, pb.OperationBatch(sequence=sequence, operations=[operation]))
+            sent += 1
+            # As between two messages of a stream: the answer is delivered meanwhile.
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+    pouring = asyncio.create_task(pour())
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    assert 10 <= sent < 100
+    answered: list[int] = []
+    while len(answered) < 100:
+        results = await session.next_results()
+        assert results is not None
+        answered += [result.call_id for result in results.results]
+    assert answered == list(range(1, 101))
+    await pouring
+    bench.ledger.disconnect(session)
 
 
 # --- all of it at once ---

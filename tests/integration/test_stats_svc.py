@@ -647,6 +647,23 @@ def test_a_server_that_is_not_there_is_one_sentence_without_its_password() -> No
     assert said.count("\n") == 1 and "secret" not in said
 
 
+def test_an_interrupted_start_ends_without_a_word(database: Path) -> None:
+    # Somebody holds the file, so that the start takes as long as the test needs.
+    holder = sqlite3.connect(database, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    arguments = ("--listen", "127.0.0.1:0", "--database", str(database))
+    with subprocess.Popen(
+        [sys.executable, "-m", "stats_svc", *arguments], stderr=subprocess.PIPE, text=True
+    ) as process:
+        lock = Path(f"{database}.lock")
+        while not lock.exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=WAIT_SECONDS)
+    holder.close()
+    assert (process.returncode, said) == (130, "")
+
+
 @pytest.mark.parametrize("arguments", [("--listen", "nowhere"), ("--lease-seconds", "0"), ("--no-such-flag",)])
 def test_bad_usage_is_told_and_exits_2(arguments: tuple[str, ...]) -> None:
     status, said = failing_start(*arguments)
