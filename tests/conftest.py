@@ -1,11 +1,15 @@
 """Fixtures that every test may use."""
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
 import platformdirs
 import pytest
+
+# A shell without job control has its background jobs ignore Ctrl-C, and every child would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
