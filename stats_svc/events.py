@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final
 
 from modpressure.v1 import ledger_service_pb2, stats_service_pb2
 from modpressure.v1.call_pb2 import Event
+from stats_svc.group import SEGMENT_EVENTS
 from stats_svc.rows import LedgerStore, SegmentKind, StoredSegment
 
-SEGMENTS_AT_ONCE: Final = 4
-"""Segments that one query returns; each holds some thousand events at most."""
+FIRST_SEGMENTS: Final = 4
+MAX_SEGMENTS: Final = 256
+"""Segments that one query returns: few at first, for each may hold thousands of events, and more if they hold few."""
 
 MAX_SCANNED_EVENTS: Final = 50_000
 """Events that are looked at for one page: with a rare filter a page ends before it is full."""
@@ -78,42 +80,47 @@ class EventLog:
         """
         found: dict[int, int] = {}
         missing = set(call_ids)
-        before: int | None = None
-        while missing:
-            segments = self._store.segments(
-                system, before_event_id=before, since_instance=instance_id, newest=True, limit=SEGMENTS_AT_ONCE
-            )
-            for segment in segments:
-                for event in self._decoded(system, segment):
-                    ended = event.call if event.HasField("call") else event.unload
-                    if ended.instance_id == instance_id and ended.call_id in missing:
-                        found[ended.call_id] = event.event_id
-                missing.difference_update(found)
-                before = segment.first_event_id
-            if len(segments) < SEGMENTS_AT_ONCE:
+        first_segment = self._store.first_segment(instance_id)
+        for segment in self._segments(system, SegmentKind.EVENTS, newest=True, after_event_id=0, before=0):
+            if not missing or segment.number < first_segment:
                 break
+            for event in self._decoded(system, segment):
+                ended = event.call if event.HasField("call") else event.unload
+                if ended.instance_id == instance_id and ended.call_id in missing:
+                    found[ended.call_id] = event.event_id
+            missing.difference_update(found)
         return found
 
     def _events(self, system: str, *, newest: bool, after_event_id: int, before: int) -> Iterator[Event]:
+        for segment in self._segments(system, None, newest=newest, after_event_id=after_event_id, before=before):
+            events = self._decoded(system, segment)
+            for event in reversed(events) if newest else events:
+                if event.event_id > after_event_id and (not before or event.event_id < before):
+                    yield event
+
+    def _segments(
+        self, system: str, kind: SegmentKind | None, *, newest: bool, after_event_id: int, before: int
+    ) -> Iterator[StoredSegment]:
+        limit = FIRST_SEGMENTS
         while True:
             segments = self._store.segments(
                 system,
                 after_event_id=after_event_id,
                 before_event_id=before or None,
+                kind=kind,
                 newest=newest,
-                limit=SEGMENTS_AT_ONCE,
+                limit=limit,
             )
-            for segment in segments:
-                events: Iterable[Event] = self._decoded(system, segment)
-                for event in reversed(list(events)) if newest else events:
-                    if event.event_id > after_event_id and (not before or event.event_id < before):
-                        yield event
-                if newest:
-                    before = segment.first_event_id
-                else:
-                    after_event_id = segment.last_event_id
-            if len(segments) < SEGMENTS_AT_ONCE:
+            yield from segments
+            if len(segments) < limit:
                 return
+            if newest:
+                before = segments[-1].first_event_id
+            else:
+                after_event_id = segments[-1].last_event_id
+            # Segments of quiet times hold an event or two.
+            if sum(segment.last_event_id - segment.first_event_id + 1 for segment in segments) < SEGMENT_EVENTS:
+                limit = min(4 * limit, MAX_SEGMENTS)
 
     def _decoded(self, system: str, segment: StoredSegment) -> list[Event]:
         """Return a segment's events, oldest first; they are shared and must not be changed."""

@@ -197,14 +197,17 @@ class LedgerStore(Protocol):
         *,
         after_event_id: int = 0,
         before_event_id: int | None = None,
-        since_instance: str = "",
+        kind: SegmentKind | None = None,
         newest: bool,
         limit: int,
     ) -> Sequence[StoredSegment]:
         """Return segments with an event in the open interval, in order of their ids or, if ``newest``, against it.
 
-        With ``since_instance`` only those with single events that were committed after that loader process was stored.
+        Only those of ``kind`` if it is given. The numbers of a system's segments grow with the ids of their events.
         """
+
+    def first_segment(self, instance_id: str) -> int:
+        """Return the least number of a segment that may hold an event of a loader process; 0 if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,9 +89,9 @@ class SqlStore:
             systems = connection.execute(sa.select(schema.systems)).all()
             modules = connection.execute(sa.select(schema.modules).order_by(schema.modules.c.position)).all()
             instances = connection.execute(sa.select(schema.instances)).all()
-            segment = connection.scalar(sa.select(sa.func.max(schema.event_segments.c.number)))
+            newest = connection.scalars(self._statements.newest_segments).all()
         # Segments may be gone, by a reset, that an instance is still compared with.
-        self._next_segment = 1 + max([segment or 0, *(row.first_segment for row in instances)])
+        self._next_segment = 1 + max([0, *(n for n in newest if n), *(row.first_segment for row in instances)])
         return Snapshot(
             systems=[_system_row(row) for row in systems],
             modules=[ModuleRow(*row) for row in modules],
@@ -215,13 +215,13 @@ class SqlStore:
         *,
         after_event_id: int = 0,
         before_event_id: int | None = None,
-        since_instance: str = "",
+        kind: SegmentKind | None = None,
         newest: bool,
         limit: int,
     ) -> Sequence[StoredSegment]:
         """Return segments with an event in the open interval, in order of their ids or, if ``newest``, against it.
 
-        With ``since_instance`` only those with single events that were committed after that loader process was stored.
+        Only those of ``kind`` if it is given. The numbers of a system's segments grow with the ids of their events.
         """
         table = schema.event_segments
         query = sa.select(
@@ -236,14 +236,19 @@ class SqlStore:
         ).where(table.c.system == system, table.c.last_event_id > after_event_id)
         if before_event_id is not None:
             query = query.where(table.c.first_event_id < before_event_id)
-        if since_instance:
-            instances = schema.instances
-            first = sa.select(instances.c.first_segment).where(instances.c.instance_id == since_instance)
-            query = query.where(table.c.kind == int(SegmentKind.EVENTS), table.c.number >= first.scalar_subquery())
+        if kind is not None:
+            query = query.where(table.c.kind == int(kind))
         order = table.c.last_event_id.desc() if newest else table.c.last_event_id
         with self._database.errors(), self._database.reader.connect() as connection:
             rows = connection.execute(query.order_by(order).limit(limit)).all()
         return [StoredSegment(*row[:-1], encoded=zstandard.decompress(row[-1])) for row in rows]
+
+    def first_segment(self, instance_id: str) -> int:
+        """Return the least number of a segment that may hold an event of a loader process; 0 if it is not known."""
+        table = schema.instances
+        query = sa.select(table.c.first_segment).where(table.c.instance_id == instance_id)
+        with self._database.errors(), self._database.reader.connect() as connection:
+            return connection.scalar(query) or 0
 
 
 class _Statements:
@@ -260,6 +265,15 @@ class _Statements:
             .label("live_modules")
         )
         self.system = sa.select(systems, live).where(systems.c.id == sa.bindparam("the_system"))
+        segments = schema.event_segments
+        # One look at the end of each system's segments; a maximum over all of them would read them all.
+        self.newest_segments = sa.select(
+            sa.select(segments.c.number)
+            .where(segments.c.system == systems.c.id)
+            .order_by(segments.c.last_event_id.desc())
+            .limit(1)
+            .scalar_subquery()
+        ).select_from(systems)
         peak = sa.bindparam("peak", type_=sa.BigInteger)
         self.add_to_system = (
             sa.update(systems)

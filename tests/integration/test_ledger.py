@@ -63,19 +63,22 @@ class FaultyStore:
         self._store.ping()
 
     def segments(
-        self, system: str, *, after_event_id: int = 0, before_event_id: int | None = None, since_instance: str = "",
-        newest: bool, limit: int,
+        self, system: str, *, after_event_id: int = 0, before_event_id: int | None = None,
+        kind: SegmentKind | None = None, newest: bool, limit: int,
     ) -> list[StoredSegment]:  # fmt: skip
         return list(
             self._store.segments(
                 system,
                 after_event_id=after_event_id,
                 before_event_id=before_event_id,
-                since_instance=since_instance,
+                kind=kind,
                 newest=newest,
                 limit=limit,
             )
         )
+
+    def first_segment(self, instance_id: str) -> int:
+        return self._store.first_segment(instance_id)
 
 
 @dataclass

@@ -270,6 +270,16 @@ def test_events_are_read_from_either_end(open_store: Open) -> None:
     assert [event.event_id for event in page.events] == [1, 2, 3, 7]
 
 
+def test_many_small_segments_are_read_whole(open_store: Open) -> None:
+    store = open_store()
+    store.commit(created("default"))
+    steps = [Changes(deltas={"default": SystemDelta(events=1, segments=[single(n, n)])}) for n in range(1, 701)]
+    store.commit(Commit(1, steps, [InstanceRow("instance", "l", 0, 4 * 10**18)]))
+    events = EventLog(store)
+    assert ids(events, limit=1000) == list(range(1, 701))
+    assert ids(events, limit=1000, newest=True) == list(range(700, 0, -1))
+
+
 def test_the_ends_of_a_processes_calls_are_found_and_nobody_elses(open_store: Open) -> None:
     store = open_store()
     store.commit(created("default"))
