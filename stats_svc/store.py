@@ -17,7 +17,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Row
 
 from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
-from modpressure.kernel.modules_list import State
 from stats_svc import schema
 from stats_svc.database import Database
 from stats_svc.rows import (
@@ -34,6 +33,7 @@ from stats_svc.rows import (
     SystemDelta,
     SystemRow,
 )
+from stats_svc.statements import Statements
 
 FORGET_INSTANCES_SECONDS: Final = 7 * 24 * 3600
 """How long a loader process may be away before its place in its stream is forgotten."""
@@ -55,7 +55,7 @@ class SqlStore:
         self._database = Database(location)
         self._compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
         insert: Any = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        self._statements = _Statements(insert)
+        self._statements = Statements(insert)
         self._next_segment = 1
         try:
             self._database.open()
@@ -249,70 +249,6 @@ class SqlStore:
         query = sa.select(table.c.first_segment).where(table.c.instance_id == instance_id)
         with self._database.errors(), self._database.reader.connect() as connection:
             return connection.scalar(query) or 0
-
-
-class _Statements:
-    """The statements of the busiest paths, built once. ``insert`` is the dialect's own, which knows ON CONFLICT."""
-
-    def __init__(self, insert: Any) -> None:
-        systems, modules = schema.systems, schema.modules
-        failed, instances = schema.failed_modules, schema.instances
-        live = (
-            sa.select(sa.func.count())
-            .select_from(modules)
-            .where(modules.c.system == systems.c.id, modules.c.state == int(State.LIVE))
-            .scalar_subquery()
-            .label("live_modules")
-        )
-        self.system = sa.select(systems, live).where(systems.c.id == sa.bindparam("the_system"))
-        segments = schema.event_segments
-        # One look at the end of each system's segments; a maximum over all of them would read them all.
-        self.newest_segments = sa.select(
-            sa.select(segments.c.number)
-            .where(segments.c.system == systems.c.id)
-            .order_by(segments.c.last_event_id.desc())
-            .limit(1)
-            .scalar_subquery()
-        ).select_from(systems)
-        peak = sa.bindparam("peak", type_=sa.BigInteger)
-        self.add_to_system = (
-            sa.update(systems)
-            .where(systems.c.id == sa.bindparam("the_system"))
-            .values(
-                {
-                    **{
-                        systems.c[name]: systems.c[name] + sa.bindparam(f"add_{name}", type_=sa.BigInteger)
-                        for name in COUNTER_NAMES
-                    },
-                    systems.c.next_event_id: systems.c.next_event_id + sa.bindparam("events", type_=sa.BigInteger),
-                    systems.c.peak_held_bytes: sa.case(
-                        (systems.c.peak_held_bytes < peak, peak), else_=systems.c.peak_held_bytes
-                    ),
-                    systems.c.update_time_ns: sa.bindparam("now_ns", type_=sa.BigInteger),
-                }
-            )
-        )
-        self.remove_module = sa.delete(modules).where(
-            modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")
-        )
-        self.put_module = _upsert(insert, modules)
-        self.put_instance = _upsert(insert, instances, but="first_segment")
-        self.put_segment = sa.insert(schema.event_segments)
-        new = insert(failed)
-        self.add_failed = new.on_conflict_do_update(
-            index_elements=[column.name for column in failed.primary_key],
-            set_={
-                name: failed.c[name] + new.excluded[name] for name in ("becoming_count", "load_count", "wasted_bytes")
-            },
-        )
-
-
-def _upsert(insert: Any, table: sa.Table, *, but: str = "") -> Any:
-    """Return a statement that inserts a row of ``table``, or overwrites that with its key, ``but`` one column."""
-    new = insert(table)
-    keys = [column.name for column in table.primary_key]
-    values = {column.name: new.excluded[column.name] for column in table.columns if column.name not in (*keys, but)}
-    return new.on_conflict_do_update(index_elements=keys, set_=values)
 
 
 def _execute(connection: Connection, statement: Any, parameters: Iterable[dict[str, Any]]) -> None:

@@ -1,0 +1,75 @@
+"""The statements that run at every commit or every look at a system, in SQLAlchemy Core for both databases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from modpressure.kernel.counters import COUNTER_NAMES
+from modpressure.kernel.modules_list import State
+from stats_svc import schema
+
+
+class Statements:
+    """The statements of the busiest paths, built once. ``insert`` is the dialect's own, which knows ON CONFLICT."""
+
+    def __init__(self, insert: Any) -> None:
+        systems, modules = schema.systems, schema.modules
+        failed, instances = schema.failed_modules, schema.instances
+        live = (
+            sa.select(sa.func.count())
+            .select_from(modules)
+            .where(modules.c.system == systems.c.id, modules.c.state == int(State.LIVE))
+            .scalar_subquery()
+            .label("live_modules")
+        )
+        self.system = sa.select(systems, live).where(systems.c.id == sa.bindparam("the_system"))
+        segments = schema.event_segments
+        # One look at the end of each system's segments; a maximum over all of them would read them all.
+        self.newest_segments = sa.select(
+            sa.select(segments.c.number)
+            .where(segments.c.system == systems.c.id)
+            .order_by(segments.c.last_event_id.desc())
+            .limit(1)
+            .scalar_subquery()
+        ).select_from(systems)
+        peak = sa.bindparam("peak", type_=sa.BigInteger)
+        self.add_to_system = (
+            sa.update(systems)
+            .where(systems.c.id == sa.bindparam("the_system"))
+            .values(
+                {
+                    **{
+                        systems.c[name]: systems.c[name] + sa.bindparam(f"add_{name}", type_=sa.BigInteger)
+                        for name in COUNTER_NAMES
+                    },
+                    systems.c.next_event_id: systems.c.next_event_id + sa.bindparam("events", type_=sa.BigInteger),
+                    systems.c.peak_held_bytes: sa.case(
+                        (systems.c.peak_held_bytes < peak, peak), else_=systems.c.peak_held_bytes
+                    ),
+                    systems.c.update_time_ns: sa.bindparam("now_ns", type_=sa.BigInteger),
+                }
+            )
+        )
+        self.remove_module = sa.delete(modules).where(
+            modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")
+        )
+        self.put_module = _upsert(insert, modules)
+        self.put_instance = _upsert(insert, instances, but="first_segment")
+        self.put_segment = sa.insert(schema.event_segments)
+        new = insert(failed)
+        self.add_failed = new.on_conflict_do_update(
+            index_elements=[column.name for column in failed.primary_key],
+            set_={
+                name: failed.c[name] + new.excluded[name] for name in ("becoming_count", "load_count", "wasted_bytes")
+            },
+        )
+
+
+def _upsert(insert: Any, table: sa.Table, *, but: str = "") -> Any:
+    """Return a statement that inserts a row of ``table``, or overwrites that with its key, ``but`` one column."""
+    new = insert(table)
+    keys = [column.name for column in table.primary_key]
+    values = {column.name: new.excluded[column.name] for column in table.columns if column.name not in (*keys, but)}
+    return new.on_conflict_do_update(index_elements=keys, set_=values)
