@@ -30,6 +30,7 @@ from typing import Final, TypeVar
 import structlog
 
 from modpressure.errors import BadRequest, Unavailable
+from modpressure.kernel.counters import SIZE_BITS
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.events import EventLog
 from stats_svc.group import Group
@@ -223,7 +224,7 @@ class Ledger:
         instance.applied_sequence = max(sequence, instance.applied_sequence)
         self._unsaved[instance.id] = instance
         others_bytes = self.held_bytes - instance.held_bytes
-        instance.held_bytes = max(batch.held_bytes, 0)
+        instance.held_bytes = _credible(batch.held_bytes)
         self.held_bytes = others_bytes + instance.held_bytes
         group.results_of(session).applied_sequence = instance.applied_sequence
         group.weight += len(batch.operations)
@@ -232,7 +233,7 @@ class Ledger:
             session,
             batch.operations,
             now_ns=self._wall_clock_ns(),
-            peak_held_bytes=others_bytes + max(batch.peak_held_bytes, instance.held_bytes),
+            peak_held_bytes=others_bytes + max(_credible(batch.peak_held_bytes), instance.held_bytes),
             left_behind=left_behind,
         )
         self._filled.set()
@@ -424,3 +425,8 @@ class Ledger:
             # A commit of nothing much: it fails as any other would, and takes the same way back.
             self._group.durable = True
             self._filled.set()
+
+
+def _credible(size_bytes: int) -> int:
+    """Return what a loader says that it holds, if that makes sense: a sum of nonsense could not be stored."""
+    return min(max(size_bytes, 0), (1 << SIZE_BITS) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, TypeAlias
 
-from modpressure.errors import BadRequest, NotNow
+from modpressure.errors import BadRequest, NotNow, OverLimit
 from modpressure.kernel.counters import SIZE_BITS, Counters, FailedModule
 from modpressure.kernel.gate import Gate
 from modpressure.kernel.modules_list import PROCEED, Answer, ModulesList, State, Verdict
@@ -24,6 +24,9 @@ Woken: TypeAlias = list[tuple[Caller, Answer]]
 
 _LIVE: Final[int] = Outcome.LIVE
 
+MAX_COUNTED_BYTES: Final = 1 << 62
+"""What counters of bytes may come to: half of what a BIGINT holds, so that no commit can fail by it."""
+
 
 class System:
     """A simulated machine, as the operations of all groups so far have left it.
@@ -38,6 +41,7 @@ class System:
         self.reset_time_ns = row.reset_time_ns
         self.clear()
         self._next_event_id = row.next_event_id
+        self._counted_bytes = _bytes_of(row.counters)
         self.peak_held_bytes = row.peak_held_bytes
 
     def clear(self) -> None:
@@ -53,6 +57,8 @@ class System:
 
         self._next_position = 1
         self._next_event_id = 1
+        self._counted_bytes = 0
+        """No counter of bytes is higher than this."""
 
     def restore(self, row: ModuleRow) -> None:
         """Put an entry back as it was stored, as the newest."""
@@ -140,7 +146,7 @@ class System:
         call = finish.call
         name = call.module
         caller = (instance.id, call_id)
-        counters, failed = _count((call,))
+        counters, failed = self._count((call,))
         is_live = call.outcome == _LIVE
         entry = self.modules.get(name) if finish.reserved else None
         if is_live:
@@ -156,7 +162,7 @@ class System:
                 raise NotNow(f"call {call_id} lost the name {shown(name)} when its loader was away for too long")
 
         delta = self._delta(group)
-        delta.add(counters, failed)
+        self._add(delta, counters, failed)
         event_id = self._log_call(group, delta, instance, call_id, call)
         woken: Woken = []
         if is_live:
@@ -194,9 +200,9 @@ class System:
         calls = record.calls
         if not calls:
             return
-        counters, failed = _count(calls)
+        counters, failed = self._count(calls)
         delta = self._delta(group)
-        delta.add(counters, failed)
+        self._add(delta, counters, failed)
         segment = group.segment(
             delta,
             SegmentKind.CALLS,
@@ -210,7 +216,28 @@ class System:
 
     def check_record(self, record: pb.RecordCalls) -> None:
         """Return if ``record`` would do. BadRequest if not."""
-        _count(record.calls)
+        self._count(record.calls)
+
+    def _count(self, calls: Iterable[call_pb2.Call]) -> tuple[Counters, dict[str, FailedModule]]:
+        """Return what some calls add to the counters and to the failed modules.
+
+        BadRequest if one makes no sense, OverLimit if a counter would not hold it.
+        """
+        counters = Counters()
+        failed: dict[str, FailedModule] = {}
+        try:
+            counters.add_calls(calls, failed)
+        except ValueError as error:
+            raise BadRequest(str(error), field="call") from None
+        for name in failed:
+            check_module_name(name)
+        if self._counted_bytes + _bytes_of(counters) >= MAX_COUNTED_BYTES:
+            raise OverLimit(f"the counters of system {self.id!r} can't hold any more; reset it")
+        return counters, failed
+
+    def _add(self, delta: SystemDelta, counters: Counters, failed: dict[str, FailedModule]) -> None:
+        self._counted_bytes += _bytes_of(counters)
+        delta.add(counters, failed)
 
     def _log_call(self, group: Group, delta: SystemDelta, instance: Instance, call_id: int, call: call_pb2.Call) -> int:
         event_id = self._take_event_ids(delta, 1)
@@ -238,14 +265,6 @@ class System:
         return delta
 
 
-def _count(calls: Iterable[call_pb2.Call]) -> tuple[Counters, dict[str, FailedModule]]:
-    """Return what some calls add to the counters and to the failed modules. BadRequest if one makes no sense."""
-    counters = Counters()
-    failed: dict[str, FailedModule] = {}
-    try:
-        counters.add_calls(calls, failed)
-    except ValueError as error:
-        raise BadRequest(str(error), field="call") from None
-    for name in failed:
-        check_module_name(name)
-    return counters, failed
+def _bytes_of(counters: Counters) -> int:
+    """Return a number that no counter of bytes exceeds."""
+    return counters.total_mod_size + counters.virtual_mem_wasted_bytes

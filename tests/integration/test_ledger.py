@@ -780,6 +780,26 @@ async def test_held_bytes_are_summed_over_loaders_and_their_peak_is_kept(bench: 
     assert bench.ledger.peak_held_bytes("default") == 1500
 
 
+async def test_no_numbers_can_make_a_commit_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = await connected(bench, "a", "b")
+    a.held_bytes = b.held_bytes = 2**63 - 1
+    await settle(a, b)
+    most = 2**44 - 1
+    call = call_pb2.Call(module="xfs", outcome=call_pb2.OUTCOME_LOAD, image_bytes=most, compressed_bytes=most)
+    record = pb.RecordCalls(calls=[call] * 10)
+    assert (await a.ask(pb.Operation(call_id=a.new_call(), record_calls=record))).verdict == PROCEED
+    # As if this had gone on for a while.
+    monkeypatch.setattr("stats_svc.system.MAX_COUNTED_BYTES", 50 * most)
+    result = await a.ask(pb.Operation(call_id=a.new_call(), record_calls=record))
+    assert result.message == "the counters of system 'default' can't hold any more; reset it"
+    await bench.crash()
+    await a.connect()
+    result = await a.ask(pb.Operation(call_id=a.new_call(), record_calls=record))
+    assert result.verdict == INVALID
+    await bench.ledger.reset_system("default")
+    assert (await a.ask(pb.Operation(call_id=a.new_call(), record_calls=record))).verdict == PROCEED
+
+
 # --- systems ---
 
 
@@ -844,7 +864,7 @@ async def test_a_commit_that_fails_answers_nothing_and_counts_once(bench: Bench,
     else:
         bench.faulty.fail_before = True
     end = a.begin(live(call))
-    await until(lambda: not bench.available[-1])
+    await until(lambda: False in bench.available)
     assert not end.done()
     if not stored:
         with pytest.raises(Unavailable, match="the database is away: the disk is full"):
