@@ -241,13 +241,21 @@ class LedgerClient:
             stream.cancel()
 
     def _say_again(self, applied_sequence: int) -> list[pb.OperationBatch]:
-        """Return the batches that are not done with: whole if not applied, else what of them is unanswered."""
+        """Return what of the batches is unanswered, under their old numbers, and the interrupts that were not applied.
+
+        What was answered is never sent again, even of a batch that the server has forgotten: the answer would be taken
+        for that of the call's next operation. Only operations without a durable effect are answered and forgotten.
+        """
         again = []
         for sequence, batch in list(self._batches.items()):
-            if sequence > applied_sequence:
-                again.append(batch.message)
-            elif batch.unanswered:
-                again.append(pb.OperationBatch(sequence=sequence, operations=batch.unanswered.values()))
+            operations = [
+                operation
+                for operation in batch.message.operations
+                if operation.call_id in batch.unanswered
+                or (operation.HasField("interrupt") and sequence > applied_sequence)
+            ]
+            if operations or sequence > applied_sequence:
+                again.append(pb.OperationBatch(sequence=sequence, operations=operations))
             else:
                 del self._batches[sequence]
         return again

@@ -452,7 +452,12 @@ class LiveCall:
             self._core = None
             self._taken_bytes -= finish.core_bytes
         operation = pb.Operation(call_id=self.call_id, system=request.system, finish_call=finish)
-        result = await machine.ledger.ask(operation)
+        try:
+            result = await machine.ledger.ask(operation)
+        except ModpressureError:
+            # It lost its name while this loader was away: nobody will ever unload it.
+            machine.release(self.call_id)
+            raise
         call.event_id = result.event_id
         call.system = request.system
         call.instance_id = machine.ledger.instance_id

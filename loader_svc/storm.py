@@ -95,6 +95,7 @@ class Storm:
         """Check the request; BadRequest and NotFound name the field and the value."""
         self.plan = StormPlan.of(message, loader)
         self._loader = loader
+        self._policy = 0
         self._outcomes: Counter[tuple[int, str]] = Counter()
         self._counters = Counters()
         self._operations = 0
@@ -115,6 +116,8 @@ class Storm:
         """
         plan, loader = self.plan, self._loader
         await loader.machine.ledger.require()
+        # Opens the system, which may be new.
+        self._policy = await loader.answer(loader.policy(plan.system, plan.policy))
         ready = loader_service_pb2.StormReady(loader=loader.machine.loader)
         if plan.with_dependencies:
             for module in plan.modules:
@@ -147,7 +150,7 @@ class Storm:
     async def run(self) -> loader_service_pb2.StormSummary:
         """Start the workers together, and return what it came to once they have ended or been stopped."""
         plan, loader = self.plan, self._loader
-        policy = await loader.policy(plan.system, plan.policy)
+        policy = self._policy
         peak = loader.machine.meter.begin_peak()
         start = asyncio.Event()
         workers = [
@@ -172,7 +175,11 @@ class Storm:
             self._ended_ns = time.monotonic_ns()
             for task in (stop_after, stopping, everyone, *workers):
                 task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            for result in await asyncio.gather(*workers, return_exceptions=True):
+                # A worker whose caller was told that stats_svc is away, or that failed as nobody foresaw.
+                if isinstance(result, Exception):
+                    self._errors += 1
+                    self._first_error = self._first_error or str(result)
         return self._summary(loader.machine.meter.end_peak(peak))
 
     async def _stop_after(self, seconds: float | None) -> None:
