@@ -56,7 +56,7 @@ stubs: $(INSTALLED)  ## build the gRPC stubs and the packed catalogue anew
 
 .PHONY: lock
 lock: .tools/uv/$(UV_VERSION)  ## choose versions anew within pyproject.toml, for Python 3.11 to 3.13, with hashes
-	$(call compile,requirements.lock,--extra dev --extra postgres)
+	$(call compile,requirements.lock,--extra dev --extra postgres --extra sweep)
 	$(call compile,requirements-runtime.lock,--extra postgres --constraints requirements.lock)
 
 # UPGRADE=--upgrade takes newer versions; without it those of the lock stay as long as they fit.
@@ -91,6 +91,12 @@ check: lint  ## format, lint, types, forbidden words, lock: nothing is changed
 	$(BIN)/mypy
 	$(BIN)/python -m pip check --disable-pip-version-check
 	$(BIN)/python scripts/check_words.py
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive modpressure loader_svc stats_svc
+
+# Not part of check: what is known changes from one day to the next, and it needs the package index to tell.
+.PHONY: audit
+audit: venv  ## ask for known vulnerabilities of the locked packages
+	$(BIN)/python scripts/audit.py
 
 .PHONY: lint
 lint: venv  ## format and lint only
@@ -103,10 +109,22 @@ format: venv  ## format all Python files, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# PYTEST_ARGS="-k storm -x" narrows it.
+# PYTEST_ARGS="-k storm -x" narrows it, "-n 0" has one process run all of it. What the tests of a file share is set up once,
+# in the process that has the file.
 .PHONY: test
 test: venv grpcurl  ## run all tests, setting up what they need
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+# TREE=DIR takes other modules than those of the newest Debian kernel.
+TREE ?= $(shell $(BIN)/modpressure modules fetch-debian)
+.PHONY: whole-tree
+whole-tree: venv  ## hold the layouts of all modules of a Debian kernel against readelf
+	$(BIN)/python tests/integration/test_layout_readelf.py "$(TREE)"
+
+MUTATIONS ?= 100000
+.PHONY: mutations
+mutations: venv  ## load 100,000 damaged module files (MUTATIONS=N, for each of two kernels), none for a second
+	$(BIN)/python tests/integration/test_call_mutations.py $(MUTATIONS) ../shared/data/golden/bad-inputs
 
 # Uses the engine that is running; else the one that a script beside a development checkout starts, else it skips.
 COMPOSE_ENGINE ?= ../shared/tools/compose-engine
@@ -115,9 +133,36 @@ compose-test: venv  ## run docker-compose.yml on a real container engine and che
 	@docker info >/dev/null 2>&1 || [[ ! -x $(COMPOSE_ENGINE) ]] || $(COMPOSE_ENGINE) up
 	$(BIN)/python -m pytest -m compose tests/compose $(PYTEST_ARGS)
 
+# CHAOS_SEED=N asks the same again, with the same faults; the seed is the first line. 2,000 rounds take some hours.
+CHAOS_ROUNDS ?= 200
+.PHONY: chaos
+chaos: venv  ## kill, freeze, cut off and fill while clients keep diaries: lost and doubled must be 0
+	$(BIN)/python -m chaos --rounds $(CHAOS_ROUNDS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) $(CHAOS_ARGS)
+
 .PHONY: bench
 bench: venv  ## measure, and hold the ratios against their bounds
 	$(BIN)/python -m bench
+
+# FUZZ_MESSAGES=1000000 by hand; CI takes the default, 10000. FUZZ_SEED repeats a run, and
+# FUZZ_TARGETS="StatsService/GetReport files" narrows it.
+.PHONY: fuzz
+fuzz: venv  ## random and damaged messages to every RPC, damaged files to the reader
+	$(BIN)/python -m fuzz $(FUZZ_TARGETS)
+
+# SOAK_SECONDS=60 (in CI) is enough to see that it runs, not to see a leak; SOAK_SEED repeats the storms.
+.PHONY: soak
+soak: venv  ## an hour of storms while twelve loaders are replaced one after another: no errors, nothing grows
+	$(BIN)/python -m soak
+
+.PHONY: published
+published: venv  ## simulate what was published of real machines in 2023, and hold the figures against each other
+	$(BIN)/modpressure verify published
+
+# A few minutes; BOOTS names the recorded boots, BOOTS_ARGS="--repeat 3" does it with fewer seeds.
+BOOTS ?= ../shared/data/golden/boots
+.PHONY: boots
+boots: venv  ## boot the recorded machines in virtual time, and hold what comes out against what was recorded
+	$(BIN)/modpressure verify boots "$(BOOTS)" $(BOOTS_ARGS)
 
 # MODULES=DIR takes the modules of any tree, such as /lib/modules/RELEASE, instead of the bundled catalogue.
 .PHONY: demo

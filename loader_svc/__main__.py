@@ -7,17 +7,21 @@ import sys
 from loader_svc.server import serve
 from modpressure import aio, log
 from modpressure.errors import ModpressureError
+from modpressure.limits import raise_open_files
 from modpressure.settings import LoaderSettings, parse_settings
 
 
 def main() -> None:
-    """Serve until stopped; exit 0, or 1 with a sentence on standard error."""
+    """Serve until stopped; exit 0, 1 with a sentence on standard error, or 130 if interrupted before it served."""
     settings = parse_settings(LoaderSettings, sys.argv[1:], "loader_svc")
     log.configure(settings.log_level, settings.log_format)
+    raise_open_files()
     try:
         aio.run(serve(settings))
     except ModpressureError as error:
         raise SystemExit(f"loader_svc: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

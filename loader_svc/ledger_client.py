@@ -3,21 +3,34 @@
 Operations gather while a message is on its way and leave as one numbered batch. A batch is kept until it is committed
 and each of its operations answered; after a lost connection what is not committed is sent again as it was, and what is
 committed but unanswered is asked again under its old number, which the server answers from what it left behind.
+
+Where the lease of this process has ended, as after a long sleep, stats_svc accepts nothing more of it: what was in
+flight is lost, nothing of it is counted, and it goes on as a new instance. Its live modules stay its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import itertools
+import random
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 import structlog
 
 from loader_svc.memory import Meter
-from modpressure.errors import NotNow, Unavailable
+from loader_svc.outbox import Outbox
+from modpressure.client_errors import error_of
+from modpressure.errors import NotNow, Overloaded, Replaced, Unavailable
+from modpressure.fair import FLOW, Flow
+from modpressure.tls import BadCredentials, ClientTls, open_channel, read_token
+from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceStub
 
@@ -27,7 +40,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-MAX_BATCH_OPERATIONS = 1000
 MAX_BATCHES_IN_FLIGHT = 1
 """Batches that may be on their way at once. While one is, operations gather for the next: what a message and a commit
 cost is shared by all that they carry, and a lone caller waits no longer for it."""
@@ -35,6 +47,13 @@ cost is shared by all that they carry, and a lone caller waits no longer for it.
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
 TELL_HELD_SECONDS = 0.25
+HEARTBEATS_PER_LEASE = 4
+MAX_FORMER_INSTANCES = 1000
+"""Former ids that stats_svc is told of; who was fenced more often than that has forgotten its oldest modules."""
+
+CLOSE_SECONDS = 2.0
+"""How long the stream may take to end when the loader stops."""
+
 PATIENCE_SECONDS = 3.0
 """How long stats_svc may be away before new requests are refused."""
 
@@ -49,8 +68,58 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
 )
 
+WELCOME_SECONDS = 5.0
+"""How long one of several stats_svc may take to answer a hello."""
+
+SILENCE_SHARE = 0.5
+"""Of the lease: how long a stats_svc that sends heartbeats, four in each lease, may be silent."""
+
+LEAST_SILENCE_SECONDS = 2.0
+SILENCE_STEPS = 4
+
+ENDS = frozenset({"finish_call", "remove_module"})
+"""Operations that are recognised, when they are asked again, by the event that they have left."""
+
 PROCEED = pb.OperationResult.VERDICT_PROCEED
 INVALID = pb.OperationResult.VERDICT_INVALID
+LOST = pb.OperationResult.VERDICT_LOST
+
+
+def _has_claims(operations: list[pb.Operation]) -> bool:
+    return any(operation.HasField("claim_request") for operation in operations)
+
+
+async def _watch(heard: asyncio.Event, limit: asyncio.Timeout, welcome: pb.Welcome) -> None:
+    """Bring on the end of ``limit`` once nothing was heard for longer than can be of a stats_svc that runs.
+
+    In steps, for time in which this process did not run itself is no silence: what was said waits to be read.
+    """
+    step_seconds = max(SILENCE_SHARE * welcome.lease_seconds, LEAST_SILENCE_SECONDS) / SILENCE_STEPS
+    silent_steps = 0
+    while welcome.heartbeats and silent_steps < SILENCE_STEPS:
+        await asyncio.sleep(step_seconds)
+        silent_steps = 0 if heard.is_set() else silent_steps + 1
+        heard.clear()
+    if welcome.heartbeats:
+        limit.reschedule(asyncio.get_running_loop().time())
+
+
+@contextlib.asynccontextmanager
+async def _heard_within(seconds: float | None) -> AsyncIterator[asyncio.Timeout]:
+    """Give the time within which something must be heard. Unavailable if nothing is; None is no limit."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield limit
+    except TimeoutError as error:
+        raise Unavailable("it has stopped to answer, though the connection stands") from error
+
+
+async def _beat(stream: Stream, turn: asyncio.Lock, lease_seconds: float) -> None:
+    """Say often that this loader is there, for as long as it is; a server that has no leases hears nothing."""
+    while lease_seconds > 0:
+        await asyncio.sleep(lease_seconds / HEARTBEATS_PER_LEASE)
+        async with turn:
+            await stream.write(pb.ConnectRequest(heartbeat=pb.Heartbeat()))
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +136,7 @@ class _Asked:
 
     operation: pb.Operation
     answer: asyncio.Future[pb.OperationResult]
+    flow: Flow
     batch: _Batch | None = None
 
 
@@ -77,17 +147,25 @@ class LedgerClient:
         self,
         target: str,
         *,
+        tls: ClientTls | None = None,
+        token_file: Path | None = None,
         instance_id: str,
         meter: Meter,
         on_released: Callable[[int], None],
         on_connected: Callable[[bool], None],
+        new_instance_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
         """Prepare; nothing is sent before ``run``.
 
+        ``target`` is the address of stats_svc, or those of several over one database, with commas: after a lost
+        connection the next is tried.
         ``on_released`` is called with the id of each call whose live module was removed, ``on_connected`` with whether
-        the stream stands, each time that changes.
+        the stream stands, each time that changes; ``new_instance_id`` for another id, where stats_svc is found to have
+        forgotten what it committed.
         """
         self.target = target
+        self._tls = tls
+        self._token_file = token_file
         self.instance_id = instance_id
         self.loader = ""
         """Name of the loader; set it before ``run``."""
@@ -97,16 +175,39 @@ class LedgerClient:
         self._on_released = on_released
         self._on_connected = on_connected
         self._last_call_id = 0
+        self._lost_call_id = 0
+        """Calls up to here were lost together with the instance that they were made by."""
+
+        self._lost_now = asyncio.Event()
+        """Set when what is in flight now is lost; then there is another one."""
+
+        self._former_instance_ids: list[str] = []
+        self._closing = asyncio.Event()
         self._last_sequence = 0
         self._said_held_bytes = 0
-        self._outbox: list[pb.Operation] = []
+        self._outbox = Outbox()
         self._outbox_filled = asyncio.Event()
         self._room = asyncio.Event()
         self._applied_sequence = 0
+        self._ended_again: set[int] = set()
+        """Calls whose end is asked again. What ended is sure to be kept only for the last batch that stats_svc applied,
+        so until they are answered there is none after it."""
+
         self._asked: dict[int, _Asked] = {}
         self._batches: dict[int, _Batch] = {}
         self._gates: dict[int, pb.HeldGate] = {}
+        self._requests: dict[int, pb.HeldRequest] = {}
+        self._live: set[int] = set()
+        """Calls whose module is live."""
+
+        self._durable_sequence = 0
+        """Up to here, stats_svc has said that batches are committed."""
+
+        self._new_instance_id = new_instance_id
         self._policies: dict[str, int] = {}
+        self._limited: set[str] = set()
+        """Systems whose memory is finite."""
+
         self._connected = asyncio.Event()
         self._away = asyncio.Event()
         self._lost_at = 0.0
@@ -119,25 +220,36 @@ class LedgerClient:
         self._last_call_id += 1
         return self._last_call_id
 
-    async def ask(self, operation: pb.Operation) -> pb.OperationResult:
+    async def ask(self, operation: pb.Operation, *, interrupted: bool = False) -> pb.OperationResult:
         """Ask one operation of one call and return its answer, however long stats_svc is away.
 
+        ``interrupted`` says that a signal is pending: if the operation would have to wait, it is interrupted at once.
         The call must have no other operation unanswered. NotNow if the server makes no sense of it, as of a call in a
-        system that was deleted meanwhile.
+        system that was deleted meanwhile; Unavailable if the call is lost: then it is not counted.
         """
+        if operation.call_id <= self._lost_call_id:
+            raise self._lost()
         answer: asyncio.Future[pb.OperationResult] = asyncio.get_running_loop().create_future()
-        self._asked[operation.call_id] = _Asked(operation, answer)
-        self._outbox.append(operation)
+        self._asked[operation.call_id] = _Asked(operation, answer, FLOW.get())
+        self._outbox.put(operation, FLOW.get())
+        if interrupted:
+            self.interrupt(operation.system, operation.call_id)
         self._outbox_filled.set()
         result = await answer
         if result.verdict == INVALID:
             raise NotNow(result.message)
+        if result.verdict == LOST:
+            raise Unavailable(result.message)
         return result
+
+    def _lost(self) -> Unavailable:
+        return Unavailable(f"the loader was away from stats_svc at {self.target} for too long; the call is not counted")
 
     def interrupt(self, system: str, call_id: int) -> None:
         """End the wait of a call, if it has one: its operation is then answered interrupted."""
-        if call_id in self._asked:
-            self._outbox.append(pb.Operation(call_id=call_id, system=system, interrupt=pb.Interrupt()))
+        if (asked := self._asked.get(call_id)) is not None:
+            # Behind the operation, whoever sends the signal.
+            self._outbox.put(pb.Operation(call_id=call_id, system=system, interrupt=pb.Interrupt()), asked.flow)
             self._outbox_filled.set()
 
     async def policy_of(self, system: str) -> int:
@@ -145,8 +257,22 @@ class LedgerClient:
         policy = self._policies.get(system)
         if policy is None:
             operation = pb.Operation(call_id=self.new_call_id(), system=system, open_system=pb.OpenSystem())
-            policy = self._policies[system] = (await self.ask(operation)).policy
+            result = await self.ask(operation)
+            policy = self._policies[system] = result.policy
+            self._limited.discard(system)
+            if result.has_limits:
+                self._limited.add(system)
         return policy
+
+    async def pass_time(self, seconds: float) -> None:
+        """Return after a time. Unavailable as soon as what is in flight here is lost."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._lost_now.wait(), seconds)
+            raise self._lost()
+
+    def has_limits(self, system: str) -> bool:
+        """Return whether a system's memory is finite, as ``policy_of`` has learned with its policy."""
+        return system in self._limited
 
     async def require(self) -> None:
         """Return once the stream stands. Unavailable if it has been away for longer than a new request waits."""
@@ -174,24 +300,63 @@ class LedgerClient:
     # --- the stream ---
 
     async def run(self) -> None:
-        """Keep the stream standing until cancelled."""
+        """Keep the stream standing until ``close``; after it nothing can be asked any more.
+
+        Replaced if another process has this loader's name.
+        """
+        try:
+            await self._keep_stream()
+        finally:
+            self._lose_calls()
+            # Whoever asks from now on would wait for ever, and hold up the end of the process.
+            self._lost_call_id = sys.maxsize
+
+    async def _keep_stream(self) -> None:
         backoff_seconds = FIRST_BACKOFF_SECONDS
+        addresses = itertools.cycle(self.target.split(","))
+        said = ""
         self._set_connected(False)
-        async with grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS) as channel:
-            while True:
-                try:
+        while not self._closing.is_set():
+            least_seconds = 0.0
+            try:
+                # Anew each time: by then the files may hold other certificates, another token.
+                token = read_token(self._token_file)
+                async with open_channel(next(addresses), self._tls, CHANNEL_OPTIONS, token) as channel:
                     await self._converse(channel)
-                    reason = "it ended the stream"
-                except grpc.aio.AioRpcError as error:
-                    reason = error.details() or error.code().name
-                if self._connected.is_set():
-                    backoff_seconds = FIRST_BACKOFF_SECONDS
+                reason = "it ended the stream"
+            except grpc.aio.AioRpcError as error:
+                reason = error.details() or error.code().name
+                if isinstance(told := error_of(error, "stats_svc", self.target), Overloaded):
+                    least_seconds = told.retry_seconds
+                if error.code() is grpc.StatusCode.ABORTED:
                     self._set_connected(False)
+                    raise Replaced(reason) from None
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    self._begin_anew()
+            except (BadCredentials, Unavailable) as error:
+                reason = error.sentence
+            if self._connected.is_set():
+                backoff_seconds = FIRST_BACKOFF_SECONDS
+                self._set_connected(False)
+                if not self._closing.is_set():
                     log.warning("lost stats_svc", target=self.target, reason=reason)
-                else:
-                    log.debug("no stats_svc yet", target=self.target, reason=reason)
-                await asyncio.sleep(backoff_seconds)
-                backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
+            elif reason != said:
+                # Nobody there is soon told; that we are not let in stays so until somebody reads it.
+                log.warning("no stats_svc", target=self.target, reason=reason)
+            said = reason
+            # Not all loaders of a system at once.
+            delay_seconds = least_seconds + backoff_seconds * random.uniform(0.5, 1.0)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), delay_seconds)
+            backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
+
+    async def close(self) -> None:
+        """End the stream, so that stats_svc knows that nothing more will come, and with it ``run``."""
+        self._closing.set()
+        loop = asyncio.get_running_loop()
+        due = loop.time() + CLOSE_SECONDS
+        while self._connected.is_set() and loop.time() < due:
+            await asyncio.sleep(CLOSE_SECONDS / 100)
 
     def _set_connected(self, connected: bool) -> None:
         if self._patience is not None:
@@ -210,35 +375,120 @@ class LedgerClient:
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         """Open the stream, say hello, and write and read until it breaks."""
         stream: Stream = LedgerServiceStub(channel).Connect()
-        writer: asyncio.Task[None] | None = None
-        teller: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         try:
-            hello = pb.Hello(instance_id=self.instance_id, loader=self.loader, gates=self._gates.values())
+            hello = pb.Hello(
+                instance_id=self.instance_id,
+                loader=self.loader,
+                gates=self._gates.values(),
+                live_call_ids=sorted(self._live),
+                requests=self._requests.values(),
+                former_instance_ids=self._former_instance_ids,
+                heartbeats=True,
+            )
             await stream.write(pb.ConnectRequest(hello=hello))
-            welcome = await stream.read()
+            # One that is stopped takes connections all the same; where there are others, one of them may lead by now.
+            async with _heard_within(WELCOME_SECONDS if "," in self.target else None):
+                welcome = await stream.read()
             if not isinstance(welcome, pb.ConnectResponse):
                 return
             applied_sequence = welcome.welcome.applied_sequence
+            if applied_sequence < self._durable_sequence:
+                self._forget_all(applied_sequence)
+                return
             log.info("found stats_svc", target=self.target, applied_sequence=applied_sequence)
             self._policies.clear()
             # The writer takes what is unanswered before anything new can be asked, so old numbers go out first.
             again = list(self._say_again(applied_sequence))
-            writer = asyncio.create_task(self._write(stream, again))
-            teller = asyncio.create_task(self._tell_held())
+            turn = asyncio.Lock()
+            tasks = [
+                asyncio.create_task(self._write(stream, turn, again)),
+                asyncio.create_task(self._tell_held()),
+                asyncio.create_task(_beat(stream, turn, welcome.welcome.lease_seconds)),
+                asyncio.create_task(self._hang_up(stream, turn)),
+            ]
             self._applied_sequence = self._last_sequence
-            self._room.set()
+            self._ended_again = {o.call_id for batch in again for o in batch.operations if o.WhichOneof("kind") in ENDS}
+            self._room.clear()
+            self._make_room()
             self._set_connected(True)
-            while isinstance(response := await stream.read(), pb.ConnectResponse):
-                self._take(response.results)
+            await self._listen(stream, welcome.welcome)
         finally:
-            if teller is not None:
-                teller.cancel()
-            if writer is not None:
-                writer.cancel()
-                # Whatever broke the writer breaks the reader too, which says so.
-                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    await writer
+            for task in tasks:
+                task.cancel()
+            # Whatever broke them breaks the reader too, which says so.
+            for end in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(end, Exception) and not isinstance(
+                    end, (grpc.aio.AioRpcError, asyncio.InvalidStateError)
+                ):
+                    raise end
             stream.cancel()
+
+    async def _listen(self, stream: Stream, welcome: pb.Welcome) -> None:
+        """Take what is answered until the stream ends. Unavailable if nothing is heard for longer than can be."""
+        heard = asyncio.Event()
+        async with _heard_within(None) as limit:
+            watching = asyncio.create_task(_watch(heard, limit, welcome))
+            try:
+                while isinstance(response := await stream.read(), pb.ConnectResponse):
+                    heard.set()
+                    self._take(response.results)
+            finally:
+                watching.cancel()
+
+    async def _hang_up(self, stream: Stream, turn: asyncio.Lock) -> None:
+        """End the stream once that is wanted; the server answers what was asked and ends its side."""
+        await self._closing.wait()
+        async with turn:
+            await stream.done_writing()
+        await asyncio.sleep(CLOSE_SECONDS)
+        stream.cancel()
+
+    def _begin_anew(self) -> None:
+        """Go on as a new instance: the lease of this one has ended, and what its calls held was given back."""
+        former = self.instance_id
+        self._new_instance()
+        self._former_instance_ids = [*self._former_instance_ids, former][-MAX_FORMER_INSTANCES:]
+        log.error("lease ended", target=self.target, former_instance_id=former, instance_id=self.instance_id)
+
+    def _new_instance(self) -> None:
+        self.instance_id = self._new_instance_id()
+        self._last_sequence = self._applied_sequence = self._durable_sequence = 0
+        self._lose_calls()
+
+    def _lose_calls(self) -> None:
+        """End all that is in flight; nothing of it is told to stats_svc any more."""
+        self._lost_call_id = self._last_call_id
+        self._lost_now.set()
+        self._lost_now = asyncio.Event()
+        self._ended_again.clear()
+        self._batches.clear()
+        self._gates.clear()
+        self._requests.clear()
+        self._outbox.clear()
+        self._outbox_filled.clear()
+        self._policies.clear()
+        asked, self._asked = self._asked, {}
+        for one in asked.values():
+            if not one.answer.done():
+                one.answer.set_exception(self._lost())
+
+    def _forget_all(self, applied_sequence: int) -> None:
+        """Go on as a new loader process: the database is another one than that which held what this one did.
+
+        No module is live there and no call in flight. Those that are in flight here end with an error.
+        """
+        log.error(
+            "stats_svc has another database",
+            target=self.target,
+            applied_sequence=applied_sequence,
+            committed_sequence=self._durable_sequence,
+        )
+        self._new_instance()
+        self._former_instance_ids.clear()
+        live, self._live = self._live, set()
+        for call_id in live:
+            self._on_released(call_id)
 
     def _say_again(self, applied_sequence: int) -> list[pb.OperationBatch]:
         """Return what of the batches is unanswered, under their old numbers, and the interrupts that were not applied.
@@ -255,25 +505,28 @@ class LedgerClient:
                 or (operation.HasField("interrupt") and sequence > applied_sequence)
             ]
             if operations or sequence > applied_sequence:
-                again.append(pb.OperationBatch(sequence=sequence, operations=operations))
+                again.append(
+                    pb.OperationBatch(sequence=sequence, operations=operations, has_claims=_has_claims(operations))
+                )
             else:
                 del self._batches[sequence]
         return again
 
-    async def _write(self, stream: Stream, again: list[pb.OperationBatch]) -> None:
+    async def _write(self, stream: Stream, turn: asyncio.Lock, again: list[pb.OperationBatch]) -> None:
         for message in again:
-            await stream.write(pb.ConnectRequest(batch=message))
+            async with turn:
+                await stream.write(pb.ConnectRequest(batch=message))
         while True:
             await self._outbox_filled.wait()
             await self._room.wait()
-            operations = self._outbox[:MAX_BATCH_OPERATIONS]
-            del self._outbox[:MAX_BATCH_OPERATIONS]
+            operations = self._outbox.take()
             if not self._outbox:
                 self._outbox_filled.clear()
             batch = self._batch(operations)
             if self._last_sequence - self._applied_sequence >= MAX_BATCHES_IN_FLIGHT:
                 self._room.clear()
-            await stream.write(pb.ConnectRequest(batch=batch))
+            async with turn:
+                await stream.write(pb.ConnectRequest(batch=batch))
 
     async def _tell_held(self) -> None:
         """Have a batch without operations sent where an idle loader holds something else than it last said."""
@@ -288,6 +541,7 @@ class LedgerClient:
         message = pb.OperationBatch(
             sequence=self._last_sequence,
             operations=operations,
+            has_claims=_has_claims(operations),
             held_bytes=self._said_held_bytes,
             peak_held_bytes=self._meter.take_peak(self._peak),
         )
@@ -300,11 +554,16 @@ class LedgerClient:
                 batch.unanswered[operation.call_id] = operation
         return message
 
+    def _make_room(self) -> None:
+        """Let the next batch leave if it may."""
+        if not self._ended_again and self._last_sequence - self._applied_sequence < MAX_BATCHES_IN_FLIGHT:
+            self._room.set()
+
     def _take(self, results: pb.ResultBatch) -> None:
         # Answers to calls that waited come with an older number.
         self._applied_sequence = max(self._applied_sequence, results.applied_sequence)
-        if self._last_sequence - self._applied_sequence < MAX_BATCHES_IN_FLIGHT:
-            self._room.set()
+        self._ended_again.difference_update(result.call_id for result in results.results)
+        self._make_room()
         for result in results.results:
             call_id = result.call_id
             asked = self._asked.pop(call_id, None)
@@ -320,8 +579,20 @@ class LedgerClient:
                 if result.verdict == PROCEED:
                     inode = operation.enter_gate.inode
                     self._gates[call_id] = pb.HeldGate(system=operation.system, call_id=call_id, inode=inode)
+            elif operation.HasField("request_module"):
+                if result.verdict == PROCEED:
+                    asked_for = operation.request_module
+                    held = pb.HeldRequest(system=operation.system, call_id=call_id, request=asked_for)
+                    self._requests[call_id] = held
+            elif operation.HasField("finish_request"):
+                self._requests.pop(call_id, None)
             elif operation.HasField("finish_call"):
                 self._gates.pop(call_id, None)
+                if result.verdict == PROCEED and operation.finish_call.call.outcome == call_pb2.OUTCOME_LIVE:
+                    self._live.add(call_id)
+            if batch is not None and result.event_id:
+                # An event is stored with the place in the stream of the batch that carried it.
+                self._durable_sequence = max(self._durable_sequence, batch.message.sequence)
             if not asked.answer.done():
                 asked.answer.set_result(result)
         if self._batches and not results.results:
@@ -329,6 +600,7 @@ class LedgerClient:
             for sequence in [s for s, b in self._batches.items() if s <= results.applied_sequence and not b.unanswered]:
                 del self._batches[sequence]
         for call_id in results.released_call_ids:
+            self._live.discard(call_id)
             self._on_released(call_id)
         for system in results.deleted_systems:
             self._policies.pop(system, None)

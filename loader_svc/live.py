@@ -1,27 +1,32 @@
 """The live driver: carries the steps of a call out for real.
 
-Files are read, decompressed and copied in threads; stats_svc is asked from the event loop. A call's memory is in areas
-of its own, so that the process's resident set shows what the simulated kernel holds.
+Files are read, decompressed and copied in threads; stats_svc is asked from the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
-from itertools import accumulate
+from random import Random
 from typing import Any, Final
 
-from loader_svc.checks.caller import copy_failure, read_failure
-from loader_svc.checks.exports import Exporters, Nobody
-from loader_svc.image import Algorithm, ImageError, Layout, kernel_decompress, user_decompress
+import structlog
+
+from loader_svc.allocation import allocation_of, failure_of_shortage
+from loader_svc.call_links import CallLinks, ExportTables
+from loader_svc.call_memory import CallMemory, File, LiveModule
+from loader_svc.checks.parameters import arguments
+from loader_svc.claim import Part
+from loader_svc.init_results import InitResults
 from loader_svc.ledger_client import LedgerClient
-from loader_svc.memory import Area, Holdings, MemoryBudget, Meter, page_round
+from loader_svc.memory import MemoryBudget, Meter
 from loader_svc.pipeline import Pipeline, load_module
-from loader_svc.plan import FileVersion, Plan, Plans, failure_of
+from loader_svc.plan import Plans
 from loader_svc.steps import (
     Admit,
     Allocate,
@@ -36,7 +41,6 @@ from loader_svc.steps import (
     Free,
     Init,
     Inspect,
-    Inspected,
     Link,
     Read,
     ReserveName,
@@ -45,8 +49,10 @@ from loader_svc.steps import (
 )
 from loader_svc.workers import FileWorkers
 from modpressure.errors import ModpressureError, NotNow, OverLimit
-from modpressure.kernel.modules_list import Answer, Verdict
+from modpressure.kernel.modules_list import PROCEED, Answer, Verdict
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Outcome, Syscall
+from modpressure.kernel.system_memory import MemoryArea, Shortage
+from modpressure.log import about
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 
@@ -61,24 +67,14 @@ _VERDICTS: Final = {
     pb.OperationResult.VERDICT_FAILED: Verdict.FAILED,
 }
 
+_SIGNAL: Final = Failure("EINTR", "signal")
+
+_SIMULATION: Final = "simulation"
+"""The check that ended a call that could not be carried out."""
+
+_log = structlog.get_logger(__name__)
+
 _LAID_OUT: Final = (Outcome.LIVE, Outcome.LOAD, Outcome.INIT)
-
-_CORE: Final = slice(0, 4)
-_INIT: Final = slice(4, 7)
-"""The first four memory types are the module's core; the rest goes after init."""
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A module's file: where it is in its tree, how it is packed, and how to open it."""
-
-    path: str
-    algorithm: Algorithm | None
-    open: Callable[[], int]
-    """Returns a new read-only descriptor; ModpressureError if the file is away or leads out of the tree."""
-
-    is_small: bool = False
-    """Whether reading and laying it out takes less than handing it to a thread does."""
 
 
 @dataclass(slots=True)
@@ -95,16 +91,8 @@ class Request:
     requester: str = ""
     request_id: str = ""
     wait_for_memory: bool = True
-
-
-@dataclass(slots=True)
-class LiveModule:
-    """What a live module holds until it is unloaded."""
-
-    core: Area | None
-    """None if the core takes nothing, which no real module does."""
-
-    taken_bytes: int
+    part: Part | None = None
+    """What it is of a client's request that has an id."""
 
 
 @dataclass(slots=True)
@@ -117,10 +105,24 @@ class Machine:
     budget: MemoryBudget
     meter: Meter
     loader: str = ""
-    exporters: Exporters = field(default_factory=Nobody)
-    """Who exports what the kernel itself does not. Which modules are live is for stats_svc to know, not what they
-    export, so this is what the tree has; it matters only if the kernel identity has symbols."""
+    tree_exports: Container[str] = ()
+    """What the modules of the tree export: where the kernel's own symbols are not known, only these are asked for."""
+
+    init_results: InitResults = field(default_factory=InitResults)
+    init_seed: int = 0
+    """What the durations and results of init functions are drawn from, where they are drawn."""
+
+    inits: Counter[str] = field(default_factory=Counter)
+    """How many init functions of each module have been run."""
+
+    export_tables: ExportTables = field(default_factory=ExportTables)
     live_modules: dict[int, LiveModule] = field(default_factory=dict)
+
+    def init_dice(self, module: str) -> Random:
+        """Return what to draw from for the next init of a module: the same for the same number of inits before it."""
+        number = self.inits[module]
+        self.inits[module] += 1
+        return Random(f"{self.init_seed} {module} {number}")
 
     def release(self, call_id: int) -> None:
         """Free what the live module of a call held; nothing happens if it holds nothing here."""
@@ -139,27 +141,34 @@ class LiveCall:
         self._request = request
         self._spec = request.spec
         self.call_id = machine.ledger.new_call_id()
-        self._holdings = Holdings(machine.meter)
-        self._need_bytes = 0
-        self._taken_bytes = 0
+        self._is_limited = machine.ledger.has_limits(request.system)
+        """Whether the system's memory is finite, so that each allocation is asked for."""
+
+        self._memory = CallMemory(request.file, request.spec, machine.plans, machine.budget, machine.meter)
         self._told = False
         """Whether stats_svc knows of this call, so that it must learn of its end."""
 
-        self._fd = -1
-        self._plan: Plan | None = None
-        self._caller_image: Area | None = None
-        self._file: Area | None = None
-        self._image: Area | None = None
-        self._core: Area | None = None
-        self._init: Area | None = None
+        self._reserved = False
+        """Whether its name is in the list, and is to be given back if all goes wrong."""
+
+        self._signalled = False
+        """Whether it was sent a signal: that stays pending, and the next wait that it ends is over at once."""
+
+        self._admission: asyncio.Future[None] | None = None
+        """While it waits for real memory: that wait."""
+
+        self._links: CallLinks | None = None
         self._wait_ns = 0
         self._start_ns = 0
         self._begun_ns = 0
         self._result: call_pb2.Call | None = None
 
     def interrupt(self) -> None:
-        """Send the call a signal: if it waits for another call, it ends with EINTR."""
+        """Send the call a signal: its wait for another call or for memory, this one or the next, ends with EINTR."""
+        self._signalled = True
         self._machine.ledger.interrupt(self._request.system, self.call_id)
+        if self._admission is not None:
+            self._admission.cancel()
 
     async def run(self) -> call_pb2.Call:
         """Make the call and return what became of it, once that is committed.
@@ -168,58 +177,92 @@ class LiveCall:
         """
         self._start_ns = time.time_ns()
         self._begun_ns = time.monotonic_ns()
+        about(system=self._request.system, request_id=self._request.request_id, call=self.call_id)
         pipeline = load_module(self._spec)
         try:
             await self._drive(pipeline)
-        except (ModpressureError, OSError) as error:
-            self._free_all()
-            if self._told:
-                await self._finish(Ending(Outcome.REFUSED, "ENOMEM", "simulation", str(error)))
+        except Exception as error:
+            # Whatever it is: somebody may wait for this call's result or for its name.
+            self._memory.free_all()
+            _log.info("call not carried out", module=self._spec.module, reason=f"{type(error).__name__}: {error}")
+            if self._told and self._result is None:
+                why = str(error).encode(errors="replace").decode()
+                await self._finish(Ending(Outcome.REFUSED, "ENOMEM", _SIMULATION, why, reserved=self._reserved))
             if isinstance(error, OSError):
                 raise _as_modpressure_error(error, self._request.file.path) from error
             raise
         finally:
-            self._close()
+            self._memory.close()
         assert self._result is not None
+        _log.debug(
+            "call ended",
+            module=self._spec.module,
+            outcome=call_pb2.Outcome.Name(self._result.outcome),
+            errno=self._result.errno,
+        )
         return self._result
 
     async def _drive(self, pipeline: Pipeline) -> None:
-        answer: Any = None
+        step = next(pipeline)
         while True:
+            answer: Any = await self._allot(step) if self._is_limited else None
+            if answer is None:
+                if self._is_for_a_thread(step):
+                    work = functools.partial(self._work, pipeline, step)
+                    step = await self._machine.workers.run(work, small=self._request.file.is_small)
+                    if self._is_allotted(step):
+                        continue
+                answer = await self._carry_out(step)
             try:
                 step = pipeline.send(answer)
             except StopIteration:
                 return
-            if self._is_for_a_thread(step):
-                work = functools.partial(self._work, pipeline, step)
-                step = await self._machine.workers.run(work, small=self._request.file.is_small)
-            answer = await self._carry_out(step)
 
     def _is_for_a_thread(self, step: Step) -> bool:
         if isinstance(step, Allocate):
-            return self._plan is not None and self._plan.layout_bytes > INLINE_LAYOUT_BYTES
+            return (plan := self._memory.plan) is not None and plan.layout_bytes > INLINE_LAYOUT_BYTES
         return isinstance(step, FileStep)
+
+    def _is_allotted(self, step: Step) -> bool:
+        """Whether stats_svc is asked for memory before a step."""
+        return self._is_limited and allocation_of(step, self._spec, self._memory.plan) is not None
+
+    async def _allot(self, step: Step) -> Failure | None:
+        """Allocate or free what a step does of the system's finite memory; return why it fails, if there is no room."""
+        if isinstance(step, Free) and step.what == "image":
+            await self._ask(pb.Operation(free_memory=pb.FreeMemory()))
+            return None
+        allocation = allocation_of(step, self._spec, self._memory.plan)
+        if allocation is None:
+            return None
+        asked = pb.AllocateMemory(part=allocation.part, sizes=allocation.sizes)  # type: ignore[arg-type]
+        result = await self._result_of(pb.Operation(allocate_memory=asked))
+        if result.verdict == pb.OperationResult.VERDICT_PROCEED:
+            return None
+        shortage = result.shortage
+        return failure_of_shortage(Shortage(MemoryArea(shortage.area), shortage.asked_bytes, shortage.left_bytes))
 
     def _work(self, pipeline: Pipeline, step: Step) -> Step:
         """Carry out steps with files, in a thread, until one comes that is for the event loop; return that."""
+        first, memory = step, self._memory
         while True:
+            if step is not first and self._is_allotted(step):
+                return step
             match step:
                 case Admit():
-                    need_bytes = self._open()
-                    if not self._machine.budget.try_take(need_bytes, self._request.file.path):
+                    if not memory.try_admit():
                         return step
-                    self._taken_bytes = need_bytes
                     step = pipeline.send(None)
                 case Unpack():
-                    step = pipeline.send(self._unpack())
+                    step = pipeline.send(memory.unpack())
                 case Read():
-                    step = pipeline.send(self._read())
+                    step = pipeline.send(memory.read())
                 case Decompress():
-                    step = pipeline.send(self._decompress())
+                    step = pipeline.send(memory.decompress())
                 case Inspect():
-                    step = pipeline.send(self._inspect())
+                    step = pipeline.send(memory.inspect())
                 case Allocate() if self._is_for_a_thread(step):
-                    step = pipeline.send(self._allocate())
+                    step = pipeline.send(memory.allocate())
                 case _:
                     return step
 
@@ -230,213 +273,118 @@ class LiveCall:
             case CheckName(module):
                 return await self._ask(pb.Operation(check_name=pb.CheckName(module=module)))
             case ReserveName(module):
-                return await self._ask(pb.Operation(reserve_name=pb.ReserveName(module=module)))
+                return await self._reserve(module)
             case Admit():
-                # There was no room when a thread asked: wait for it.
-                need_bytes = self._need_bytes
-                path, wait = self._request.file.path, self._request.wait_for_memory
-                await self._machine.budget.take(need_bytes, path, wait=wait)
-                self._taken_bytes = need_bytes
+                return await self._wait_for_memory()
             case Allocate():
-                return self._allocate()
+                return self._memory.allocate()
             case Link():
-                return self._link()
+                return await self._link()
             case Free("image"):
-                self._free_images()
+                self._memory.free_images()
             case Free("init"):
-                self._free_init()
+                self._memory.free_init()
             case Free("all"):
-                self._free_all()
+                self._memory.free_all()
             case Finish(ending):
                 await self._finish(ending)
             case Init():
-                # What an init function does can't be known without running it; it is taken to return 0 at once.
-                return None
+                return await self._run_init()
             case _:
                 raise AssertionError(step)
         return None
 
     async def _ask(self, operation: pb.Operation) -> Answer:
+        return _answer_of(await self._result_of(operation))
+
+    async def _result_of(self, operation: pb.Operation) -> pb.OperationResult:
         operation.call_id = self.call_id
         operation.system = self._request.system
         self._told = True
         asked_ns = time.monotonic_ns()
-        result = await self._machine.ledger.ask(operation)
+        result = await self._machine.ledger.ask(operation, interrupted=self._signalled)
         if result.waited:
             self._wait_ns += time.monotonic_ns() - asked_ns
-        return Answer(_VERDICTS[result.verdict], result.errno, result.waited)
+        return result
 
-    # --- files and memory ---
+    # --- other modules ---
 
-    def _open(self) -> int:
-        """Open the file and plan the call; return the most memory that it will take, in bytes."""
-        file, spec = self._request.file, self._spec
-        self._fd = file.open()
-        by_kernel = spec.syscall is Syscall.FINIT_MODULE
-        algorithm = file.algorithm if not by_kernel or spec.flags & MODULE_INIT_COMPRESSED_FILE else None
-        plan = self._plan = self._machine.plans.of(
-            self._fd, file.path, algorithm, by_kernel=by_kernel, flags=spec.flags
-        )
-        self._need_bytes = plan.peak_bytes if by_kernel else plan.peak_bytes + page_round(plan.unpacked_bytes)
-        return self._need_bytes
-
-    @property
-    def _planned(self) -> Plan:
-        assert self._plan is not None, "a call is admitted before anything else is done with its file"
-        return self._plan
-
-    def _read_file(self, holdings: Holdings) -> Area:
-        """Read the whole file into an area of its own."""
-        plan = self._planned
-        size_bytes = plan.version.size_bytes
-        area = Area(size_bytes, holdings)
-        offset = 0
-        try:
-            with memoryview(area.pages) as view:
-                while offset < size_bytes:
-                    with view[offset:size_bytes] as rest:
-                        length = os.preadv(self._fd, [rest], offset)
-                    if length == 0:
-                        break
-                    offset += length
-            if offset < size_bytes or FileVersion.of(self._fd) != plan.version:
-                raise NotNow(f"{self._request.file.path} changed while it was being read")
-        except BaseException:
-            area.free()
-            raise
-        return area
-
-    def _unpack(self) -> Failure | None:
-        plan = self._planned
-        failure = plan.failure_at("read") or plan.failure_at("decompress")
-        if failure:
-            return failure
-        # The caller's own memory is real, and within the budget, but nothing that the kernel allocates.
-        aside = Holdings(Meter())
-        file = self._read_file(aside)
-        if self._request.file.algorithm is None:
-            self._caller_image = file
-            return None
-        try:
-            self._caller_image = self._unpacked(file, user_decompress, aside)
-        finally:
-            file.free()
-        return None
-
-    def _unpacked(self, file: Area, decompress: Callable[..., Iterator[bytes]], holdings: Holdings) -> Area:
-        """Decompress the file of an area into another one; ImageError where that fails, and nothing is kept then."""
-        plan = self._planned
-        image = Area(plan.unpacked_bytes, holdings)
-        offset = 0
-        try:
-            with memoryview(file.pages) as view, view[: plan.version.size_bytes] as source:
-                for chunk in decompress(
-                    source, self._request.file.algorithm, limit_bytes=self._machine.plans.image_limit_bytes
-                ):
-                    image.pages[offset : offset + len(chunk)] = chunk
-                    offset += len(chunk)
-        except ImageError:
-            image.free()
-            raise
-        return image
-
-    def _read(self) -> Failure | None:
-        plan = self._planned
-        if self._caller_image is not None:
-            failure = copy_failure(self._spec, plan.unpacked_bytes, self._machine.budget.limit_bytes)
-            if failure:
-                return failure
-            self._file = Area(plan.unpacked_bytes, self._holdings)
-            with memoryview(self._caller_image.pages) as view, view[: plan.unpacked_bytes] as source:
-                self._file.pages[: plan.unpacked_bytes] = source
-            return None
-        failure = read_failure(self._spec, plan.failure_at("read"))
-        if failure is None:
-            self._file = self._read_file(self._holdings)
-        return failure
-
-    def _decompress(self) -> Failure | None:
-        assert self._file is not None
-        try:
-            self._image = self._unpacked(self._file, kernel_decompress, self._holdings)
-        except ImageError as error:
-            return failure_of(error)
-        self._file.free()
-        self._file = None
-        return None
-
-    def _inspect(self) -> Inspected | Failure:
-        plan = self._planned
-        return plan.failure_at("check") or Inspected(plan.module)
-
-    def _allocate(self) -> Failure | None:
-        plan = self._planned
-        layout = plan.layout
-        if layout is None:
-            return plan.failure_at("layout")
-        image = self._image or self._file
-        assert image is not None
-        # The kernel allocates each type for itself, one right after the other. Two areas hold as many pages for as
-        # long, and each one more would cost an unmapping across all threads.
-        self._core = self._lay_out(layout, _CORE, image)
-        self._init = self._lay_out(layout, _INIT, image)
-        return None
-
-    def _lay_out(self, layout: Layout, types: slice, image: Area) -> Area | None:
-        """Allocate an area for some memory types, one after another, and copy their sections into it."""
-        sizes = layout.rounded[types]
-        if not any(sizes):
-            return None
-        area = Area(sum(sizes), self._holdings, populate=True)
-        bases = dict(zip(range(types.start, types.stop), accumulate(sizes, initial=0), strict=False))
-        with memoryview(image.pages) as source:
-            for placement in layout.placements:
-                base = bases.get(placement.memory_type)
-                size_bytes = placement.size_bytes
-                if base is not None and size_bytes and not placement.is_nobits:
-                    to, at = base + placement.destination_offset_bytes, placement.source_offset_bytes
-                    with source[at : at + size_bytes] as section:
-                        area.pages[to : to + size_bytes] = section
-        return area
-
-    def _link(self) -> Failure | None:
-        linkage = self._planned.linkage
+    async def _reserve(self, module: str) -> Answer:
+        machine, linkage = self._machine, self._memory.planned.linkage
         assert linkage is not None, "what could be laid out can be looked into"
-        return (
-            linkage.failure_before_symbols()
-            or linkage.resolve(self._machine.exporters).failure
-            or linkage.failure_after_symbols(self._spec, Nobody())
+        is_known = machine.plans.identity.symbols is not None
+        self._links = CallLinks(
+            linkage,
+            self._spec,
+            module,
+            machine.export_tables,
+            None if is_known else machine.tree_exports,
+            has_init=machine.init_results.is_told(module),
         )
+        asked = self._links.reservation()
+        # Even an answer that makes no sense of the rest may have inserted the name.
+        self._reserved = True
+        result = await self._result_of(pb.Operation(reserve_name=asked))
+        self._reserved = result.verdict == pb.OperationResult.VERDICT_PROCEED
+        if not self._reserved:
+            return _answer_of(result)
+        self._links.reserved(asked, result)
+        return PROCEED
 
-    def _free_images(self) -> None:
-        for area in (self._file, self._image):
-            if area is not None:
-                area.free()
-        self._file = self._image = None
+    async def _link(self) -> Failure | None:
+        assert self._links is not None, "a name is inserted before its module is linked"
+        return await self._links.link(self._result_of, self._await_init)
 
-    def _free_init(self) -> None:
-        if self._init is not None:
-            self._init.free()
-            self._init = None
+    async def _await_init(self, module: str, patience_seconds: float) -> bool:
+        """Wait for the init function of another module; return whether it has ended.
 
-    def _free_all(self) -> None:
-        if self._core is not None:
-            self._core.free()
-            self._core = None
-        self._free_init()
-        self._free_images()
+        A signal ends the wait too (``resolve_symbol_wait``), and the call goes on without that module.
+        """
+        ledger, system = self._machine.ledger, self._request.system
+        loop = asyncio.get_running_loop()
+        impatience = loop.call_later(patience_seconds, ledger.interrupt, system, self.call_id)
+        try:
+            answer = await self._ask(pb.Operation(await_init=pb.AwaitInit(module=module)))
+        finally:
+            impatience.cancel()
+        return answer.verdict is Verdict.PROCEED
 
-    def _close(self) -> None:
-        """Let go of what is not the simulated kernel's, and of what is left of the budget."""
-        if self._caller_image is not None:
-            self._caller_image.free()
-            self._caller_image = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._taken_bytes:
-            self._machine.budget.give(self._taken_bytes)
-            self._taken_bytes = 0
+    async def _run_init(self) -> Failure | None:
+        """Let the time pass that the init function takes, signals or not, and return its error."""
+        machine, module = self._machine, self._memory.planned.module
+        results = machine.init_results
+        if not results.is_told(module):
+            # What an init function does can't be known without running it; it is taken to return 0 at once.
+            return None
+        live = {name for name in results.looked_at_by(module) if await self._is_live(name)}
+        result = results.of(
+            module, arguments(self._spec.parameters), live.__contains__, lambda: machine.init_dice(module)
+        )
+        if result.duration_ns:
+            await machine.ledger.pass_time(result.duration_ns / 1e9)
+        return Failure(result.errno, "init") if result.errno else None
+
+    async def _is_live(self, name: str) -> bool:
+        result = await self._result_of(pb.Operation(read_initstate=pb.ReadInitstate(module=name)))
+        return result.live
+
+    async def _wait_for_memory(self) -> Failure | None:
+        """Take what the call needs, in turn: there was no room when a thread asked."""
+        if self._signalled:
+            return _SIGNAL
+        admission = self._admission = asyncio.ensure_future(
+            self._memory.wait_for_room(wait=self._request.wait_for_memory)
+        )
+        try:
+            await admission
+        except asyncio.CancelledError:
+            # Either this wait was ended, by a signal, or all of the call is.
+            if not self._signalled or (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            return _SIGNAL
+        finally:
+            self._admission = None
+        return None
 
     # --- the end ---
 
@@ -444,13 +392,15 @@ class LiveCall:
         """Tell stats_svc how the call ended, and keep what it committed."""
         machine, request = self._machine, self._request
         call = self._describe(ending)
-        finish = pb.FinishCall(call=call, reserved=ending.reserved)
+        formed = self._links is not None and self._links.formed
+        finish = pb.FinishCall(call=call, reserved=ending.reserved, formed=formed)
+        # A call that could not be carried out is made again by who tries again.
+        if request.part is not None and ending.check != _SIMULATION:
+            finish.claim, finish.part, finish.settles = request.part.claim, request.part.name, request.part.settles
         if ending.outcome is Outcome.LIVE:
-            finish.core_bytes = self._core.size_bytes if self._core is not None else 0
             # Before anyone can know that it is live, and so unload it.
-            machine.live_modules[self.call_id] = LiveModule(self._core, finish.core_bytes)
-            self._core = None
-            self._taken_bytes -= finish.core_bytes
+            module = machine.live_modules[self.call_id] = self._memory.keep()
+            finish.core_bytes = module.taken_bytes
         operation = pb.Operation(call_id=self.call_id, system=request.system, finish_call=finish)
         try:
             result = await machine.ledger.ask(operation)
@@ -465,7 +415,7 @@ class LiveCall:
         self._result = call
 
     def _describe(self, ending: Ending) -> call_pb2.Call:
-        request, spec, plan = self._request, self._spec, self._plan
+        request, spec, plan = self._request, self._spec, self._memory.plan
         call = call_pb2.Call(
             call_id=self.call_id,
             worker=request.worker,
@@ -483,7 +433,7 @@ class LiveCall:
             check=ending.check,
             value=ending.value,
             duplicate=ending.duplicate,
-            peak_held_bytes=self._holdings.peak_bytes,
+            peak_held_bytes=self._memory.peak_bytes,
             duration_ns=time.monotonic_ns() - self._begun_ns,
             wait_ns=self._wait_ns,
             held_bytes=self._machine.meter.held_bytes,
@@ -503,6 +453,10 @@ class LiveCall:
             call.mod_bytes = plan.layout.total_bytes
             call.text_bytes = plan.layout.text_bytes
         return call
+
+
+def _answer_of(result: pb.OperationResult) -> Answer:
+    return Answer(_VERDICTS[result.verdict], result.errno, result.waited)
 
 
 def _as_modpressure_error(error: OSError, path: str) -> ModpressureError:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from loader_svc import requests
+from loader_svc.call_memory import File
+from loader_svc.claim import Claim, Part, digest_of
 from loader_svc.image import Algorithm
-from loader_svc.live import File, LiveCall, Machine, Request
+from loader_svc.live import LiveCall, Machine, Request
 from loader_svc.steps import CallSpec
 from loader_svc.trees import LoadStep, ModuleTree
 from loader_svc.trees.names import checked_name
+from modpressure.errors import Unavailable
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Syscall
 from modpressure.v1 import call_pb2, loader_service_pb2
 from modpressure.v1 import ledger_service_pb2 as ledger
@@ -41,7 +44,9 @@ class Loader:
         self.kmod = kmod
         self._decompressors = machine.plans.identity.decompressors
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._clients: set[asyncio.Future[Any]] = set()
+        self._clients: dict[asyncio.Future[Any], Callable[[], None] | None] = {}
+        """Those who wait for an answer, and what is done when they no longer do."""
+
         self._steps: dict[tuple[str, bool], tuple[list[str], list[LoadStep]]] = {}
 
     # --- requests ---
@@ -49,7 +54,8 @@ class Loader:
     async def load(self, request: loader_service_pb2.LoadModuleRequest) -> loader_service_pb2.LoadModuleResponse:
         """Load a module, and first what it depends on if asked to; return once every call is committed.
 
-        Cancelling this sends the call a signal: it ends by itself, with EINTR if it waits for another one.
+        Cancelling this sends the call a signal: it ends by itself, with EINTR if it waits for another one. One with an
+        id goes on: its client may come back for the result.
         """
         load = Load(self, request)
         await self.machine.ledger.require()
@@ -60,22 +66,63 @@ class Loader:
         system = requests.system_id(request.system)
         module = checked_name(request.module)
         worker = requests.label("worker", request.worker)
+        claim = self.claim(request, system)
         await self.machine.ledger.require()
-        unload = await self.answer(self.remove(system, module, worker))
+        if claim is None:
+            work = self.remove(system, module, worker, forced=request.forced)
+            return loader_service_pb2.UnloadModuleResponse(unload=await self.answer(work))
+
+        async def remove() -> call_pb2.Unload:
+            if claim.is_complete:
+                # One that stats_svc was not asked for is the result itself.
+                parts = claim.record.parts
+                return parts[0].unload if parts else call_pb2.Unload.FromString(claim.record.result)
+            return await self.remove(system, module, worker, forced=request.forced, claim=claim, request_id=request_id)
+
+        request_id = request.request_id
+        result_of = call_pb2.Unload.SerializeToString
+        unload = await self.answer(claim.once(remove, result_of), on_cancel=claim.interrupt)
         return loader_service_pb2.UnloadModuleResponse(unload=unload)
 
-    async def remove(self, system: str, module: str, worker: str) -> call_pb2.Unload:
+    def claim(self, request: Any, system: str) -> Claim | None:
+        """Return the claim on a request's id, None if it has none. BadRequest if the id makes no sense."""
+        request_id = requests.request_id(request.request_id)
+        if not request_id:
+            return None
+        return Claim(self.machine.ledger, system, request_id, digest_of(request, system))
+
+    async def remove(
+        self,
+        system: str,
+        module: str,
+        worker: str,
+        *,
+        forced: bool = False,
+        claim: Claim | None = None,
+        request_id: str = "",
+    ) -> call_pb2.Unload:
         """Make one delete_module call."""
-        client = self.machine.ledger
+        client, identity = self.machine.ledger, self.machine.plans.identity
         call_id = client.new_call_id()
-        unload = call_pb2.Unload(call_id=call_id, module=module, worker=worker)
+        unload = call_pb2.Unload(call_id=call_id, module=module, worker=worker, request_id=request_id)
+        # Without MODULE_FORCE_UNLOAD the kernel passes over the flag (try_force_unload, kernel/module/main.c).
+        unload.forced = forced and identity.module_force_unload
         begun_ns = time.monotonic_ns()
         unload.start_time.FromNanoseconds(time.time_ns())
-        operation = ledger.Operation(call_id=call_id, system=system, remove_module=ledger.RemoveModule(unload=unload))
-        result = await client.ask(operation)
+        # As told from now on, whoever asks: what follows is the commit, which is no part of the call.
         unload.duration_ns = time.monotonic_ns() - begun_ns
-        unload.errno = result.errno
-        unload.event_id = result.event_id
+        if identity.module_unload:
+            remove = ledger.RemoveModule(unload=unload)
+            part = claim.part("", settles=True) if claim is not None else None
+            if part is not None:
+                remove.claim = part.claim
+            result = await client.ask(ledger.Operation(call_id=call_id, system=system, remove_module=remove))
+            if claim is not None and part is not None:
+                claim.is_settled_by(part)
+            unload.errno = result.errno
+            unload.event_id = result.event_id
+        else:
+            unload.errno = "ENOSYS"
         unload.system = system
         unload.instance_id = client.instance_id
         unload.loader = self.machine.loader
@@ -148,7 +195,7 @@ class Loader:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         client: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._clients.add(client)
+        self._clients[client] = on_cancel
         task.add_done_callback(functools.partial(self._settle, client))
         try:
             return await client
@@ -157,7 +204,7 @@ class Loader:
                 on_cancel()
             raise
         finally:
-            self._clients.discard(client)
+            self._clients.pop(client, None)
 
     def _settle(self, client: asyncio.Future[T], task: asyncio.Task[T]) -> None:
         self._tasks.discard(task)
@@ -170,6 +217,15 @@ class Loader:
             client.set_exception(error)
         else:
             client.set_result(task.result())
+
+    def send_clients_away(self) -> None:
+        """Tell every waiting client that this loader stops; a call without a request id is sent a signal."""
+        error = Unavailable(f"loader {self.machine.loader!r} is stopping")
+        for waiting, on_cancel in list(self._clients.items()):
+            if not waiting.done():
+                waiting.set_exception(error)
+                if on_cancel is not None:
+                    on_cancel()
 
     async def tell_clients_when_away(self) -> None:
         """Tell every waiting client when stats_svc has been away for too long. Runs until cancelled."""
@@ -206,7 +262,8 @@ class Load:
         self._origin = requests.origin(request.origin)
         self._requester = requests.label("requester", request.requester)
         self._worker = requests.label("worker", request.worker)
-        self._request_id = requests.label("request_id", request.request_id)
+        self._claim = loader.claim(request, self._system)
+        self._request_id = request.request_id
         self._parameters = requests.parameters(request.parameters)
         self._wait_for_memory = not request.refuse_when_full
         self._with_dependencies = request.with_dependencies
@@ -216,32 +273,27 @@ class Load:
         self._interrupted = False
 
     def interrupt(self) -> None:
-        """Send the call in progress a signal; no further one is begun."""
+        """Send the call in progress a signal; no further one is begun. A request with an id goes on."""
+        if self._claim is not None:
+            self._claim.interrupt()
+            return
         self._interrupted = True
         if self._call is not None:
             self._call.interrupt()
 
     async def run(self) -> loader_service_pb2.LoadModuleResponse:
-        """Make the calls."""
-        policy = await self._loader.policy(self._system, self._policy)
+        """Make the calls, or learn what came of them if the request has an id that was seen before."""
+        self._policy = await self._loader.policy(self._system, self._policy)
+        return await self._make_calls() if self._claim is None else await self._claim.once(self._make_calls)
+
+    async def _make_calls(self) -> loader_service_pb2.LoadModuleResponse:
         response = loader_service_pb2.LoadModuleResponse()
         for step in self._steps:
             if self._interrupted:
                 break
-            # modprobe looks whether a module is live before it loads it; insmod does not.
-            if self._with_dependencies and await self._loader.is_live(self._system, step.module):
+            call = await self._call_for(step)
+            if call is None:
                 continue
-            own = self._parameters if step.module == self._targets[-1] else ""
-            spec, file = self._loader.spec(
-                step.module,
-                policy=policy,
-                kmod=self._kmod,
-                flags=self._flags,
-                copy=self._copy,
-                parameters=step.options + own,
-            )
-            self._call = LiveCall(self._loader.machine, self._call_request(spec, file, policy))
-            call = await self._call.run()
             if step.module == self._targets[-1]:
                 response.call.CopyFrom(call)
             else:
@@ -251,16 +303,43 @@ class Load:
                     break
         return response
 
-    def _call_request(self, spec: CallSpec, file: File, policy: int) -> Request:
+    async def _call_for(self, step: LoadStep) -> call_pb2.Call | None:
+        """Return the call for a step, made now unless it is recorded; None where none is needed."""
+        claim, part = self._claim, None
+        if claim is not None:
+            recorded = claim.recorded(step.module)
+            if recorded is not None or claim.is_complete:
+                return recorded
+            part = claim.part(step.module, settles=step is self._steps[-1])
+        # modprobe looks whether a module is live before it loads it; insmod does not.
+        if self._with_dependencies and await self._loader.is_live(self._system, step.module):
+            return None
+        own = self._parameters if step.module == self._targets[-1] else ""
+        spec, file = self._loader.spec(
+            step.module,
+            policy=self._policy,
+            kmod=self._kmod,
+            flags=self._flags,
+            copy=self._copy,
+            parameters=step.options + own,
+        )
+        self._call = LiveCall(self._loader.machine, self._call_request(spec, file, part))
+        call = await self._call.run()
+        if claim is not None and part is not None:
+            claim.is_settled_by(part)
+        return call
+
+    def _call_request(self, spec: CallSpec, file: File, part: Part | None) -> Request:
         return Request(
             spec,
             file,
             self._system,
-            policy,  # type: ignore[arg-type]
+            self._policy,  # type: ignore[arg-type]
             self._copy,
             self._worker,
             self._origin,
             self._requester,
             self._request_id,
             self._wait_for_memory,
+            part,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import threading
 from collections import deque
@@ -154,7 +155,8 @@ class MemoryBudget:
             if turn.done() and not turn.cancelled():
                 self.give(size_bytes)
             else:
-                with self._lock:
+                with self._lock, contextlib.suppress(ValueError):
+                    # Not there if it was served when it had been cancelled already.
                     self._queue.remove(entry)
                 self._serve()
             raise
@@ -168,7 +170,12 @@ class MemoryBudget:
 
     def _serve(self) -> None:
         with self._lock:
-            while self._queue and self.taken_bytes + self._queue[0][0] <= self.limit_bytes:
-                size_bytes, turn = self._queue.popleft()
-                self.taken_bytes += size_bytes
-                turn.set_result(None)
+            while self._queue:
+                size_bytes, turn = self._queue[0]
+                if not turn.done():
+                    if self.taken_bytes + size_bytes > self.limit_bytes:
+                        return
+                    self.taken_bytes += size_bytes
+                    turn.set_result(None)
+                # Who has cancelled its turn has not run yet to leave the queue by itself.
+                self._queue.popleft()

@@ -14,23 +14,25 @@ from typing import Any
 
 from loader_svc.checks.caller import refusal
 from loader_svc.steps import (
-    Admit,
-    Allocate,
+    ADMIT,
+    ALLOCATE,
+    DECOMPRESS,
+    FREE_ALL,
+    FREE_IMAGE,
+    FREE_INIT,
+    INIT,
+    INSPECT,
+    READ,
+    UNPACK,
     CallSpec,
     CheckName,
-    Decompress,
     Ending,
     EnterGate,
     Failure,
     Finish,
-    Free,
-    Init,
-    Inspect,
     Link,
-    Read,
     ReserveName,
     Step,
-    Unpack,
 )
 from modpressure.kernel.modules_list import Answer, Verdict
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Outcome, Syscall
@@ -42,10 +44,10 @@ def load_module(spec: CallSpec) -> Pipeline:
     """Yield the steps of one call; take what each came to; return the ending, which has been counted by then."""
     ending = yield from _steps(spec)
     if ending.outcome is not Outcome.LIVE:
-        yield Free("all")
+        yield FREE_ALL
     yield Finish(ending)
     if ending.outcome is Outcome.LIVE:
-        yield Free("init")
+        yield FREE_INIT
     return ending
 
 
@@ -60,21 +62,24 @@ def _steps(spec: CallSpec) -> Pipeline:
         if answer.verdict is not Verdict.PROCEED:
             return Ending(Outcome.REFUSED, answer.errno, "in flight", module=spec.module)
 
-    yield Admit()
+    failure = yield ADMIT
+    if failure:
+        # A signal came before anything was allocated.
+        return _failed(Outcome.REFUSED, failure, spec.module)
     if spec.syscall is Syscall.INIT_MODULE:
-        failure = yield Unpack()
+        failure = yield UNPACK
         if failure:
             # libkmod gives up before it calls the kernel.
             return _failed(Outcome.REFUSED, failure, spec.module)
-    failure = yield Read()
+    failure = yield READ
     if failure:
         return _failed(Outcome.KREAD, failure, spec.module)
     if spec.flags & MODULE_INIT_COMPRESSED_FILE:
-        failure = yield Decompress()
+        failure = yield DECOMPRESS
         if failure:
             return _failed(Outcome.DECOMPRESS, failure, spec.module)
 
-    inspected = yield Inspect()
+    inspected = yield INSPECT
     if isinstance(inspected, Failure):
         return _failed(Outcome.BECOMING, inspected, spec.module)
     module = inspected.name
@@ -83,7 +88,7 @@ def _steps(spec: CallSpec) -> Pipeline:
         if answer.verdict is not Verdict.PROCEED:
             return _duplicate(Outcome.BECOMING, answer, module)
 
-    failure = yield Allocate()
+    failure = yield ALLOCATE
     if failure:
         return _failed(Outcome.BECOMING, failure, module)
     answer = yield ReserveName(module)
@@ -94,8 +99,8 @@ def _steps(spec: CallSpec) -> Pipeline:
         return _failed(Outcome.LOAD, failure, module, reserved=True)
 
     # The copy of the file goes before init runs, not after: do_init_module may take its time.
-    yield Free("image")
-    failure = yield Init()
+    yield FREE_IMAGE
+    failure = yield INIT
     if failure:
         return _failed(Outcome.INIT, failure, module, reserved=True)
     return Ending(Outcome.LIVE, reserved=True, module=module)

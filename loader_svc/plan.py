@@ -2,7 +2,7 @@
 
 Reading the headers and placing the sections of one image takes milliseconds in Python, where the kernel takes
 microseconds; a storm loads one file thousands of times. So the verdict and the placement are kept for each version of a
-file (device, inode, size, time of change), while every call still reads, decompresses and copies the bytes for real.
+file (device, inode, size, times of change), while every call still reads, decompresses and copies the bytes for real.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ class FileVersion(NamedTuple):
     inode: int
     size_bytes: int
     changed_ns: int
+    status_changed_ns: int
+    """Unlike the time of change nobody can set this one back (st_ctime of inode(7))."""
 
     @classmethod
     def of(cls, fd: int) -> FileVersion:
         """Return the version that an open file has now."""
         status = os.fstat(fd)
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 Stage = Literal["read", "decompress", "check", "layout"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from modpressure.errors import BadRequest
+from modpressure.errors import BadRequest, shown
 from modpressure.kernel.outcome import MODULE_INIT_IGNORE_MODVERSIONS, MODULE_INIT_IGNORE_VERMAGIC
 from modpressure.kernel.policy import V6_3, V6_4, V6_5, Policy
 from modpressure.v1 import call_pb2, loader_service_pb2
@@ -31,7 +31,7 @@ def system_id(value: str) -> str:
         return DEFAULT_SYSTEM
     if not _SYSTEM_ID.fullmatch(value):
         raise BadRequest(
-            f"system {value!r} is no id: 1 to 63 of a-z, 0-9 and '-', beginning with a letter", field="system"
+            f"system {shown(value)} is no id: 1 to 63 of a-z, 0-9 and '-', beginning with a letter", field="system"
         )
     return value
 
@@ -40,6 +40,15 @@ def label(field: str, value: str) -> str:
     """Return a free label that is not too long."""
     if len(value) * 4 > MAX_LABEL_BYTES and len(value.encode()) > MAX_LABEL_BYTES:
         raise BadRequest(f"{field} {value[:20]!r}… is longer than {MAX_LABEL_BYTES} bytes", field=field)
+    return value
+
+
+def request_id(value: str) -> str:
+    """Return a client's id of its request, which may be none: a label that is printable, as a database keeps it."""
+    if not label("request_id", value).isprintable():
+        raise BadRequest(
+            f"{shown(value)} is no request id: at most {MAX_LABEL_BYTES} bytes, printable", field="request_id"
+        )
     return value
 
 

@@ -8,11 +8,15 @@ import functools
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+from loader_svc import requests
+from loader_svc.autoload import ModuleRequest
 from loader_svc.describe import describe_module
 from loader_svc.loader import Loader
-from loader_svc.storm import Storm
-from modpressure.errors import BadRequest
+from loader_svc.storm import MAX_WORKERS_AT_ONCE, Storm
+from modpressure.errors import BadRequest, Overloaded
+from modpressure.fair import FLOW
 from modpressure.grpc_errors import status_of, translate_errors
+from modpressure.shares import Places, Shares
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceServicer
 
@@ -20,14 +24,17 @@ PROGRESS_SECONDS: Final = 0.25
 DEFAULT_PAGE_SIZE: Final = 1000
 MAX_PAGE_SIZE: Final = 10_000
 MAX_STREAM_IN_FLIGHT: Final = 1024
-"""Requests of one stream that are carried out at once; further messages are not read meanwhile."""
+"""Requests of one stream that are carried out or answered at once; further messages are not read meanwhile."""
 
 
 class LoaderServicer(LoaderServiceServicer):
     """Serves one loader."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, request_limit: int) -> None:
+        """``request_limit`` is how many requests of all streams may be in progress at once."""
         self._loader = loader
+        self._workers = Shares(MAX_WORKERS_AT_ONCE)
+        self._requests = Places(request_limit, "requests of streams in progress")
 
     async def LoadModule(self, request: pb.LoadModuleRequest, context: Any) -> pb.LoadModuleResponse:
         """Load one module."""
@@ -39,12 +46,19 @@ class LoaderServicer(LoaderServiceServicer):
         async with translate_errors(context, "Loader.UnloadModule"):
             return await self._loader.unload(request)
 
+    async def RequestModule(self, request: pb.RequestModuleRequest, context: Any) -> pb.RequestModuleResponse:
+        """Ask for a module as the kernel does."""
+        async with translate_errors(context, "Loader.RequestModule"):
+            asked = ModuleRequest(self._loader, request)
+            await self._loader.machine.ledger.require()
+            return await self._loader.answer(asked.run(), on_cancel=asked.interrupt)
+
     async def LoadModules(
         self, requests: AsyncIterator[pb.LoadModulesRequest], context: Any
     ) -> AsyncIterator[pb.LoadModulesResponse]:
         """Load and unload many modules over one stream."""
         async with translate_errors(context, "Loader.LoadModules"):
-            stream = _ManyRequests(self._loader)
+            stream = _ManyRequests(self._loader, self._requests, FLOW.get().client)
             reader = asyncio.ensure_future(stream.read(requests))
             try:
                 async for responses in stream.answers(reader):
@@ -52,7 +66,7 @@ class LoaderServicer(LoaderServiceServicer):
                 await reader
             finally:
                 reader.cancel()
-                stream.cancel()
+                stream.end()
 
     async def RunStorm(
         self, messages: AsyncIterator[pb.RunStormRequest], context: Any
@@ -63,6 +77,10 @@ class LoaderServicer(LoaderServiceServicer):
             if first is None or first.WhichOneof("kind") != "storm":
                 raise BadRequest("the first message must say which storm to run", field="storm")
             storm = Storm(self._loader, first.storm)
+            client, workers = FLOW.get().client, storm.plan.workers
+            if not self._workers.try_take(client, workers):
+                raise Overloaded(f"{workers} workers are more than there is room for beside the storms that run")
+            context.add_done_callback(lambda _: self._workers.give(client, workers))
             ready = await storm.prepare()
             started = asyncio.Event()
             if not storm.plan.await_start:
@@ -90,10 +108,12 @@ class LoaderServicer(LoaderServiceServicer):
             if request.page_size < 0:
                 raise BadRequest(f"page_size {request.page_size} is negative", field="page_size")
             size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+            # A pattern is made a program, which for a long one takes so long that nothing else would be served.
+            pattern = requests.label("filter", request.filter).replace("-", "_")
             builtin = frozenset(tree.builtin)
             names = sorted(builtin.union(tree.names()))
-            if request.filter:
-                names = fnmatch.filter(names, request.filter.replace("-", "_"))
+            if pattern:
+                names = fnmatch.filter(names, pattern)
             # The token is the last name of the page before: it holds whatever page size comes next.
             rest = [name for name in names if name > request.page_token]
             response = pb.ListModulesResponse(release=tree.release)
@@ -111,9 +131,18 @@ class LoaderServicer(LoaderServiceServicer):
         """Describe one module."""
         async with translate_errors(context, "Loader.GetModule"):
             loader = self._loader
-            limit_bytes = loader.machine.plans.image_limit_bytes
+            budget, image_limit_bytes = loader.machine.budget, loader.machine.plans.image_limit_bytes
+            entry = loader.tree.module(loader.tree.resolve_alias(request.module)[-1])
+            file_bytes = entry.size_bytes or 0
+            # How long the image is shows only when it is there.
+            need_bytes = min(file_bytes + (image_limit_bytes if entry.compression else 0), budget.limit_bytes)
+            limit_bytes = max(0, min(image_limit_bytes, need_bytes - file_bytes if entry.compression else need_bytes))
             describe = functools.partial(describe_module, loader.tree, request.module, limit_bytes)
-            module = await loader.machine.workers.run(describe)
+            await budget.take(need_bytes, entry.path)
+            try:
+                module = await loader.machine.workers.run(describe)
+            finally:
+                budget.give(need_bytes)
             return pb.GetModuleResponse(module=module)
 
 
@@ -134,27 +163,39 @@ async def _control(messages: AsyncIterator[pb.RunStormRequest], storm: Storm, st
 class _ManyRequests:
     """The requests of one stream: carried out side by side, answered as they end."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, places: Places, client: str) -> None:
+        """Each request takes one of the ``client``'s ``places``, until it is answered."""
         self._loader = loader
+        self._places = places
+        self._client = client
+        self._held = 0
+        self._ended = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: list[pb.ModuleResponse] = []
         self._news = asyncio.Event()
         self._room = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
 
     async def read(self, messages: AsyncIterator[pb.LoadModulesRequest]) -> None:
-        """Begin every request of every message, no more at once than there is room for."""
+        """Begin every request of every message, no more at once than there is room for. Overloaded if there is none."""
         async for message in messages:
             for request in message.requests:
                 await self._room.acquire()
+                await self._places.take(self._client)
+                self._held += 1
                 task = asyncio.ensure_future(self._carry_out(request))
                 self._tasks.add(task)
-                task.add_done_callback(self._ended)
+                task.add_done_callback(self._done)
         self._news.set()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._room.release()
         self._news.set()
+        if self._ended:
+            self._give(1)
+
+    def _give(self, number: int) -> None:
+        self._held -= number
+        self._places.give(self._client, number)
 
     async def _carry_out(self, request: pb.ModuleRequest) -> None:
         tag = request.tag
@@ -180,10 +221,16 @@ class _ManyRequests:
             answers, self._answers = self._answers, []
             if answers:
                 yield answers
+                # Not before they are sent: who reads none would have us keep them all.
+                for _ in answers:
+                    self._room.release()
+                self._give(len(answers))
             if reader.done() and not self._tasks and not self._answers:
                 return
 
-    def cancel(self) -> None:
-        """Send each call a signal: the client is gone."""
+    def end(self) -> None:
+        """Send each call a signal if the client is gone; a place that a call has comes back when that ends."""
+        self._ended = True
         for task in self._tasks:
             task.cancel()
+        self._give(self._held - len(self._tasks))

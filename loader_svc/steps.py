@@ -7,7 +7,7 @@ a ``Failure``, never raised: what follows from it is the pipeline's to say.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from modpressure.kernel.outcome import Outcome, Syscall
 from modpressure.kernel.policy import Policy
@@ -51,6 +51,10 @@ class CallSpec:
     flags: int = 0
     parameters: str = ""
     caller: Caller = Caller()
+
+    def __hash__(self) -> int:
+        """Return a hash of what mostly tells specifications apart: it is asked for with every call."""
+        return hash((self.module, self.inode, self.flags, self.parameters))
 
     @property
     def gated(self) -> bool:
@@ -104,7 +108,10 @@ class ReserveName:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Take the memory that the call will need at its peak from the machine that runs the simulation."""
+    """Take the memory that the call will need at its peak from the machine that runs the simulation.
+
+    A ``Failure`` if a signal ended the wait for it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +164,18 @@ class Finish:
 
     ending: Ending
 
+
+ADMIT: Final = Admit()
+UNPACK: Final = Unpack()
+READ: Final = Read()
+DECOMPRESS: Final = Decompress()
+INSPECT: Final = Inspect()
+ALLOCATE: Final = Allocate()
+FREE_IMAGE: Final = Free("image")
+FREE_INIT: Final = Free("init")
+FREE_ALL: Final = Free("all")
+INIT: Final = Init()
+"""Steps that are the same in every call are made once: making one takes as long as carrying it out in virtual time."""
 
 FileStep = Admit | Unpack | Read | Decompress | Inspect | Allocate
 """Steps that touch files or much memory; a live driver keeps them off its event loop."""

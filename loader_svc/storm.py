@@ -1,8 +1,9 @@
 """Storms: many workers that load, or load and unload, the same modules at the same time.
 
 Mode repeat is the loop of stress-ng's module stressor: one unload before the start, then load; after a success count an
-operation and unload; after a failure try again at once. One thing differs: a worker whose load fails for another reason
-than a duplicate ends, since trying again can't change that.
+operation and unload; after a failure try again at once. Two things differ: a worker whose load fails for another reason
+than a duplicate ends, since trying again can't change that; and one whose unload finds the module in use tries that
+again.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from loader_svc import requests
-from loader_svc.live import File, LiveCall, Request
+from loader_svc.call_memory import File
+from loader_svc.live import LiveCall, Request
 from loader_svc.loader import Load, Loader
 from loader_svc.steps import CallSpec
-from modpressure.errors import BadRequest, ModpressureError
+from modpressure.errors import BadRequest, ModpressureError, NotNow
 from modpressure.kernel.counters import Counters
 from modpressure.v1 import call_pb2, loader_service_pb2
 from modpressure.v1.loader_service_pb2 import Storm as StormMessage
 
 MAX_WORKERS: Final = 10_000
+MAX_WORKERS_AT_ONCE: Final = 4 * MAX_WORKERS
+"""Of all storms of a loader; each client may have as many as it leaves free."""
+
 MAX_MODULES: Final = 1_000
 MAX_OPERATIONS: Final = 2**53
 STOP_SECONDS: Final = 5.0
@@ -112,7 +118,7 @@ class Storm:
     async def prepare(self) -> loader_service_pb2.StormReady:
         """Do what comes before the start: load what the modules depend on, unload the modules themselves.
 
-        Unavailable if stats_svc is away; ModpressureError if a dependency can't be loaded.
+        Unavailable if stats_svc is away; ModpressureError if a dependency can't be loaded or one of them is in use.
         """
         plan, loader = self.plan, self._loader
         await loader.machine.ledger.require()
@@ -123,9 +129,21 @@ class Storm:
             for module in plan.modules:
                 ready.dependency_calls.extend(await self._load_dependencies(module))
         if not plan.keep_loaded:
-            for module in plan.modules:
-                await loader.answer(loader.remove(plan.system, module, "storm"))
+            await self._unload(plan.modules)
         return ready
+
+    async def _unload(self, modules: Sequence[str]) -> None:
+        """Unload modules, some of which may use others of them."""
+        used = list(modules)
+        while used:
+            removed = {module: await self._loader.answer(self._remove(module)) for module in used}
+            left = [module for module, unload in removed.items() if unload.errno == "EWOULDBLOCK"]
+            if len(left) == len(used):
+                raise NotNow(f"{left[0]!r} can't be unloaded before the storm: another module uses it")
+            used = left
+
+    def _remove(self, module: str, worker: str = "storm") -> Coroutine[Any, Any, call_pb2.Unload]:
+        return self._loader.remove(self.plan.system, module, worker)
 
     async def _load_dependencies(self, module: str) -> list[call_pb2.Call]:
         _, steps = self._loader.steps(module, with_dependencies=True)
@@ -233,7 +251,10 @@ class Storm:
             if not call.errno:
                 self._operations += 1
                 if not plan.keep_loaded:
-                    unload = await self._loader.remove(plan.system, spec.module, worker)
+                    unload = await self._remove(spec.module, worker)
+                    # Another worker's module uses it for as long as that is loaded; nobody else would unload this one.
+                    while unload.errno == "EWOULDBLOCK" and not self._stopping.is_set():
+                        unload = await self._remove(spec.module, worker)
                     self._unloads += not unload.errno
                 return True
             if call.errno not in PASSING_ERRNOS or self._stopping.is_set():

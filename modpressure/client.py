@@ -11,18 +11,20 @@ A load that fails as the kernel would fail it is no error: its ``call.errno`` sa
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from modpressure.client_errors import rpc_errors
-from modpressure.errors import BadRequest
+from modpressure.client_errors import TimedOut, rpc_errors
+from modpressure.errors import BadRequest, Overloaded, Unavailable
+from modpressure.tls import ClientTls, open_channel
 from modpressure.v1.call_pb2 import Event, Origin, Outcome, Policy
 from modpressure.v1.loader_service_pb2 import (
     GetModuleRequest,
@@ -36,6 +38,8 @@ from modpressure.v1.loader_service_pb2 import (
     ModuleRequest,
     ModuleResponse,
     ModuleSummary,
+    RequestModuleRequest,
+    RequestModuleResponse,
     UnloadModuleRequest,
     UnloadModuleResponse,
 )
@@ -43,15 +47,19 @@ from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 from modpressure.v1.stats_service_pb2 import (
     CreateSystemRequest,
     DeleteSystemRequest,
+    ExportSystemRequest,
     FailedModule,
     GetReportRequest,
     GetStatsRequest,
     GetSystemRequest,
+    ImportHeader,
+    ImportSystemRequest,
     ListEventsRequest,
     ListFailedModulesRequest,
     ListLoadedModulesRequest,
     ListSystemsRequest,
     LoadedModule,
+    MemoryAmounts,
     ReportFormat,
     ResetSystemRequest,
     Stats,
@@ -68,9 +76,17 @@ if TYPE_CHECKING:
 LOADER_SVC: Final = "loader_svc"
 STATS_SVC: Final = "stats_svc"
 
+CONNECT_SECONDS: Final = 2.0
+"""How long a connection to one of several stats_svc may take to come about."""
+
+SILENT_SECONDS: Final = 5.0
+"""How long one of several stats_svc may take to answer a read before the next is asked."""
+
+_STATS_SERVICE: Final = "modpressure.v1.StatsService"
+
 _READS: Final = {
     "modpressure.v1.LoaderService": ("ListModules", "GetModule"),
-    "modpressure.v1.StatsService": (
+    _STATS_SERVICE: (
         "GetReport",
         "GetStats",
         "WatchStats",
@@ -81,7 +97,7 @@ _READS: Final = {
         "ListSystems",
     ),
 }
-"""What may be asked twice: a read. A load that was not answered may have been carried out."""
+"""What gRPC may ask twice: a read. A load that was not answered may have been carried out."""
 
 _SERVICE_CONFIG: Final = {
     # A name may stand for many replicas; each call goes to the next.
@@ -102,6 +118,9 @@ _SERVICE_CONFIG: Final = {
     ],
 }
 
+_FIRST_RETRY_SECONDS: Final = 0.1
+_MAX_RETRY_SECONDS: Final = 1.0
+
 _OPTIONS: Final = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # How long an answer may be is the server's business.
@@ -112,16 +131,14 @@ _OPTIONS: Final = (
 )
 
 
-def open_channel(address: str) -> Any:
-    """Return a channel to ``address`` (HOST:PORT, dns:///HOST:PORT, unix:PATH) that retries reads alone."""
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
-
-
 class Client:
     """Both services, as an asynchronous context manager.
 
-    ``loaders`` are addresses of loader_svc, which unary calls go to in turn; ``stats`` is the address of stats_svc;
-    ``timeout_seconds`` is for each single request, streams have none. Channels open on first use.
+    ``loaders`` are addresses of loader_svc, which unary calls go to in turn; ``stats`` is the address of stats_svc,
+    or those of several over one database, with commas: while one does not answer, the next is asked;
+    ``timeout_seconds`` is for each single request, streams have none. Without ``tls`` nothing is encrypted;
+    ``token`` is shown to both services.
+    Channels open on first use; BadCredentials if the files of ``tls`` are not in order.
     """
 
     def __init__(
@@ -130,12 +147,16 @@ class Client:
         stats: str = "127.0.0.1:50050",
         *,
         timeout_seconds: float = 60,
+        tls: ClientTls | None = None,
+        token: str = "",
     ) -> None:
         if not loaders:
             raise BadRequest("a client needs the address of at least one loader", field="loaders")
         self.loaders = tuple(loaders)
-        self.stats_address = stats
+        self._stats_addresses = stats.split(",")
         self.timeout_seconds = timeout_seconds
+        self._tls = tls
+        self._token = token
         self._next_loader = itertools.cycle(self.loaders)
         self._channels: dict[str, Any] = {}
 
@@ -156,7 +177,8 @@ class Client:
 
     def _channel(self, address: str) -> Any:
         if address not in self._channels:
-            self._channels[address] = open_channel(address)
+            # Addresses are HOST:PORT, dns:///HOST:PORT or unix:PATH; reads alone are tried again.
+            self._channels[address] = open_channel(address, self._tls, _OPTIONS, self._token)
         return self._channels[address]
 
     def loader_stub(self, address: str) -> LoaderServiceAsyncStub:
@@ -169,14 +191,81 @@ class Client:
         stub: StatsServiceAsyncStub = StatsServiceStub(self._channel(self.stats_address))
         return stub
 
+    @property
+    def stats_address(self) -> str:
+        """Address of the stats_svc that is asked at present."""
+        return self._stats_addresses[0]
+
+    def _turn_to_next_stats(self) -> None:
+        self._stats_addresses.append(self._stats_addresses.pop(0))
+
     async def _ask_loader(self, method: str, request: Any, loader: str | None) -> Any:
-        address = loader or next(self._next_loader)
-        with rpc_errors(LOADER_SVC, address, self.timeout_seconds):
-            return await getattr(self.loader_stub(address), method)(request, timeout=self.timeout_seconds)
+        """Ask ``loader`` or the next in turn; again and again until the time is up if the request has an id."""
+        now = asyncio.get_running_loop().time
+        due = now() + self.timeout_seconds
+        delay_seconds = _FIRST_RETRY_SECONDS
+        while True:
+            address = loader or next(self._next_loader)
+            try:
+                return await self._ask(LOADER_SVC, address, getattr(self.loader_stub(address), method), request, due)
+            except TimedOut:
+                raise
+            except Unavailable:
+                if not getattr(request, "request_id", "") or now() + delay_seconds >= due:
+                    raise
+            await asyncio.sleep(delay_seconds * random.uniform(0.5, 1.0))
+            delay_seconds = min(2 * delay_seconds, _MAX_RETRY_SECONDS)
 
     async def _ask_stats(self, method: str, request: Any) -> Any:
-        with rpc_errors(STATS_SVC, self.stats_address, self.timeout_seconds):
-            return await getattr(self.stats_stub(), method)(request, timeout=self.timeout_seconds)
+        is_read = method in _READS[_STATS_SERVICE]
+        now = asyncio.get_running_loop().time
+        due = now() + self.timeout_seconds
+        for left in reversed(range(len(self._stats_addresses))):
+            # What may be done once only goes to one that is there; if that one is lost, nobody else is asked.
+            if left and not is_read and not await self._is_there(self.stats_address):
+                self._turn_to_next_stats()
+                continue
+            may_turn = left > 0 and is_read
+            # One that is frozen takes what is asked, and says nothing.
+            until = min(due, now() + SILENT_SECONDS) if may_turn else due
+            try:
+                return await self._ask(
+                    STATS_SVC, self.stats_address, getattr(self.stats_stub(), method), request, until
+                )
+            except TimedOut:
+                if not may_turn or until >= due:
+                    raise
+                self._turn_to_next_stats()
+            except Unavailable:
+                self._turn_to_next_stats()
+                if not may_turn:
+                    raise
+        raise AssertionError("the last is asked")
+
+    async def _is_there(self, address: str) -> bool:
+        try:
+            await asyncio.wait_for(self._channel(address).channel_ready(), CONNECT_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _ask(self, service: str, address: str, method: Any, request: Any, due: float | None = None) -> Any:
+        """Ask, and again when a server has said that it was too much and when to come back, while there is time.
+
+        ``due`` is when that is up, by the loop's clock; ``timeout_seconds`` from now if it is not given.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.timeout_seconds if due is None else due
+        while True:
+            try:
+                with rpc_errors(service, address, self.timeout_seconds):
+                    return await method(request, timeout=max(0.0, deadline - loop.time()))
+            except Overloaded as error:
+                # Not all at the same time, or most of them would be too much again.
+                pause_seconds = error.retry_seconds * random.uniform(1, 2)
+                if loop.time() + pause_seconds >= deadline:
+                    raise
+                await asyncio.sleep(pause_seconds)
 
     async def load(
         self,
@@ -196,7 +285,10 @@ class Client:
         refuse_when_full: bool = False,
         loader: str | None = None,
     ) -> LoadModuleResponse:
-        """Load one module, what it depends on first, through ``loader`` or the next in turn."""
+        """Load one module, what it depends on first, through ``loader`` or the next in turn.
+
+        With a ``request_id`` it is carried out once, and asked again while a loader or stats_svc is away.
+        """
         request = LoadModuleRequest(
             system=system,
             module=module,
@@ -213,6 +305,34 @@ class Client:
             refuse_when_full=refuse_when_full,
         )
         response: LoadModuleResponse = await self._ask_loader("LoadModule", request, loader)
+        return response
+
+    async def request_module(
+        self,
+        name: str,
+        *,
+        system: str = "",
+        requester: str = "",
+        worker: str = "",
+        request_id: str = "",
+        policy: Policy.ValueType = Policy.POLICY_UNSPECIFIED,
+        kmod: Kmod.ValueType = Kmod.KMOD_UNSPECIFIED,
+        loader: str | None = None,
+    ) -> RequestModuleResponse:
+        """Ask for a module by name or alias as the kernel itself does, through ``loader`` or the next in turn.
+
+        With a ``request_id`` as ``load``.
+        """
+        request = RequestModuleRequest(
+            system=system,
+            name=name,
+            requester=requester,
+            worker=worker,
+            request_id=request_id,
+            policy=policy,
+            kmod=kmod,
+        )
+        response: RequestModuleResponse = await self._ask_loader("RequestModule", request, loader)
         return response
 
     async def load_many(
@@ -238,10 +358,17 @@ class Client:
                     yield response
 
     async def unload(
-        self, module: str, *, system: str = "", worker: str = "", loader: str | None = None
+        self,
+        module: str,
+        *,
+        system: str = "",
+        worker: str = "",
+        forced: bool = False,
+        request_id: str = "",
+        loader: str | None = None,
     ) -> UnloadModuleResponse:
-        """Unload one module."""
-        request = UnloadModuleRequest(system=system, module=module, worker=worker)
+        """Unload one module; ``forced`` is delete_module's O_TRUNC. With a ``request_id`` as ``load``."""
+        request = UnloadModuleRequest(system=system, module=module, worker=worker, forced=forced, request_id=request_id)
         response: UnloadModuleResponse = await self._ask_loader("UnloadModule", request, loader)
         return response
 
@@ -288,14 +415,46 @@ class Client:
         return stats
 
     async def watch(self, system: str = "", *, interval_seconds: float | None = None) -> AsyncIterator[Stats]:
-        """Iterate over the counters: at once, then after each change, not more often than ``interval_seconds``."""
+        """Iterate over the counters: at once, then after each change, not more often than ``interval_seconds``.
+
+        It goes on after a lost connection or a restart of stats_svc. Unavailable if none is there at the beginning, or
+        comes back within ``timeout_seconds``.
+        """
         interval = None
         if interval_seconds is not None:
             interval = Duration()
             interval.FromTimedelta(timedelta(seconds=interval_seconds))
-        with rpc_errors(STATS_SVC, self.stats_address):
-            async for response in self.stats_stub().WatchStats(WatchStatsRequest(system=system, interval=interval)):
-                yield response.stats
+        request = WatchStatsRequest(system=system, interval=interval)
+        now = asyncio.get_running_loop().time
+        told: Stats | None = None
+        # At first every address is tried once; who has been told something waits for what comes next.
+        left = len(self._stats_addresses)
+        due: float | None = None
+        delay_seconds = _FIRST_RETRY_SECONDS
+        while True:
+            try:
+                with rpc_errors(STATS_SVC, self.stats_address):
+                    async for response in self.stats_stub().WatchStats(request):
+                        due, delay_seconds = None, _FIRST_RETRY_SECONDS
+                        # After a cut it begins with how things are, which may be as they were.
+                        if response.stats != told:
+                            told = response.stats
+                            yield told
+                return
+            except (Overloaded, Unavailable) as error:
+                if isinstance(error, Unavailable):
+                    self._turn_to_next_stats()
+                    left -= 1
+                    if told is None and left:
+                        continue
+                    if told is None:
+                        raise
+                due = due or now() + self.timeout_seconds
+                pause_seconds = max(delay_seconds, error.retry_seconds if isinstance(error, Overloaded) else 0.0)
+                if now() + pause_seconds >= due:
+                    raise
+            await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))
+            delay_seconds = min(2 * delay_seconds, _MAX_RETRY_SECONDS)
 
     async def failed_modules(self, system: str = "") -> AsyncIterator[FailedModule]:
         """Iterate over the modules that failed as duplicates, newest name first."""
@@ -332,9 +491,15 @@ class Client:
             for event in response.events:
                 yield event
 
-    async def create_system(self, system: str, *, policy: Policy.ValueType = Policy.POLICY_UNSPECIFIED) -> System:
-        """Create a system; AlreadyExists if its id is taken."""
-        request = CreateSystemRequest(system=System(id=system, policy=policy))
+    async def create_system(
+        self,
+        system: str,
+        *,
+        policy: Policy.ValueType = Policy.POLICY_UNSPECIFIED,
+        limits: MemoryAmounts | None = None,
+    ) -> System:
+        """Create a system, ``limits`` of memory where it has any; AlreadyExists if its id is taken."""
+        request = CreateSystemRequest(system=System(id=system, policy=policy, limits=limits))
         created: System = (await self._ask_stats("CreateSystem", request)).system
         return created
 
@@ -357,6 +522,30 @@ class Client:
     async def delete_system(self, system: str) -> None:
         """Delete a system and all that was counted for it; NotNow while calls are in flight."""
         await self._ask_stats("DeleteSystem", DeleteSystemRequest(system=system))
+
+    async def export_system(self, system: str = "") -> AsyncIterator[bytes]:
+        """Iterate over the parts of a system's file, as it is at one point in time."""
+        with rpc_errors(STATS_SVC, self.stats_address):
+            async for response in self.stats_stub().ExportSystem(ExportSystemRequest(system=system)):
+                yield response.chunk
+
+    async def import_system(
+        self, system: str, chunks: AsyncIterable[bytes] | Iterable[bytes], *, replace: bool = False
+    ) -> System:
+        """Make a system of the parts of such a file, in place of one of that id if ``replace``; it takes its time."""
+
+        async def messages() -> AsyncIterator[ImportSystemRequest]:
+            yield ImportSystemRequest(header=ImportHeader(system=system, replace=replace))
+            if isinstance(chunks, AsyncIterable):
+                async for chunk in chunks:
+                    yield ImportSystemRequest(chunk=chunk)
+            else:
+                for chunk in chunks:
+                    yield ImportSystemRequest(chunk=chunk)
+
+        with rpc_errors(STATS_SVC, self.stats_address):
+            imported: System = (await self.stats_stub().ImportSystem(messages())).system
+        return imported
 
     async def _pages(self, method: str, request: Any) -> AsyncIterator[Any]:
         while True:

@@ -31,6 +31,8 @@ from modpressure.errors import (
     NotFound,
     NotNow,
     OverLimit,
+    Overloaded,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -52,6 +54,7 @@ _CLASSES: Final[dict[Any, type[ModpressureError]]] = {
     grpc.StatusCode.OUT_OF_RANGE: BadRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: Forbidden,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverLimit,
     grpc.StatusCode.FAILED_PRECONDITION: NotNow,
@@ -61,6 +64,15 @@ _CLASSES: Final[dict[Any, type[ModpressureError]]] = {
 
 _BY_NUMBER: Final = {code.value[0]: error for code, error in _CLASSES.items()}
 
+_HANDSHAKE: Final = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not believed",
+    "Hostname Verification Check failed": "its certificate is for another name",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "Socket closed": "it closed the connection, as one does that wants TLS or another certificate",
+}
+"""What becomes of a handshake, by words in gRPC's reason."""
+
+_TRAILING_OK: Final = re.compile(r": OK$")
 _TRAILING_ERRNO: Final = re.compile(r"\s*\([0-9]+\)$")
 
 
@@ -76,7 +88,9 @@ def rpc_errors(service: str, address: str, timeout_seconds: float | None = None)
 def error_of(error: Any, service: str, address: str, timeout_seconds: float | None = None) -> ModpressureError:
     """Return what the ``AioRpcError`` means."""
     code, details = error.code(), error.details() or ""
-    is_ours, field = _error_info(error)
+    is_ours, field, retry_seconds = _error_info(error)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and is_ours and retry_seconds is not None:
+        return Overloaded(details, field=field, retry_seconds=retry_seconds)
     if code in _CLASSES and (is_ours or code is not grpc.StatusCode.UNAVAILABLE):
         return _CLASSES[code](details or f"{service} at {address} answered {code.name}", field=field)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -96,23 +110,32 @@ def error_of_code(number: int, sentence: str) -> ModpressureError:
     return _BY_NUMBER.get(number, ServerFailed)(sentence)
 
 
-def _error_info(error: Any) -> tuple[bool, str]:
-    """Return whether one of our services sent the status itself, and which field it blames."""
+def _error_info(error: Any) -> tuple[bool, str, float | None]:
+    """Return whether one of our services sent the status itself, which field it blames, and when to try again."""
+    is_ours, field, retry_seconds = False, "", None
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # the details contradict the status: then they are not ours
-        return False, ""
+        return is_ours, field, retry_seconds
     for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):
-            return True, info.metadata.get("field", "")
-    return False, ""
+            is_ours, field = True, info.metadata.get("field", "")
+        elif detail.Unpack(retry):
+            retry_seconds = retry.retry_delay.ToMilliseconds() / 1000
+    return is_ours, field, retry_seconds
 
 
 def _reason(details: str) -> str:
-    """Return the last link of gRPC's chain of reasons, such as "connection refused"."""
-    last = _TRAILING_ERRNO.sub("", _one_line(details)).rpartition(": ")[2]
-    return last[:1].lower() + last[1:] if last else "it is not reachable"
+    """Return the last link of gRPC's chain of reasons, such as "connection refused", and what it means."""
+    chain = _TRAILING_OK.sub("", _TRAILING_ERRNO.sub("", _one_line(details)))
+    last = chain.rpartition(": ")[2].rstrip(".")
+    reason = last[:1].lower() + last[1:] if last else "it is not reachable"
+    if "last error: " not in chain:
+        # A connection that was there is lost.
+        return reason
+    meaning = next((meaning for words, meaning in _HANDSHAKE.items() if words in chain), "")
+    return f"{meaning} ({reason})" if meaning else reason
 
 
 def _one_line(text: str) -> str:

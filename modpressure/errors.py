@@ -4,15 +4,28 @@
     ├── BadRequest          a field's value makes no sense
     ├── NotFound            no module, system or file of that name
     ├── AlreadyExists       the name is taken
+    ├── Unauthenticated     no token, or none that is known
     ├── Forbidden           outside the module tree, or otherwise closed
     ├── OverLimit           more than a limit allows
+    │   └── Overloaded      more than there is room for now; nothing was begun, trying again will help
     ├── NotNow              the state of things does not allow it at present
+    │   └── LeaseEnded      whoever asks was away for too long, and has to begin anew
+    ├── Replaced            whoever asks has a successor, and has to end
     └── Unavailable         a part that is needed is away; trying again may help
 
 Each is one sentence that names the value. A failure of the simulated kernel is none of these: it is a result.
 """
 
 from __future__ import annotations
+
+from typing import Final
+
+_MAX_SHOWN: Final = 80
+
+
+def shown(value: str) -> str:
+    """Return ``value`` as it stands in a sentence: quoted, on one line, and not too long to be read."""
+    return repr(value) if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]!r}... ({len(value)} characters)"
 
 
 class ModpressureError(Exception):
@@ -37,6 +50,10 @@ class AlreadyExists(ModpressureError):
     """The name is taken."""
 
 
+class Unauthenticated(ModpressureError):
+    """There is no token, or none that is known and still good."""
+
+
 class Forbidden(ModpressureError):
     """It lies outside of what may be used."""
 
@@ -45,8 +62,25 @@ class OverLimit(ModpressureError):
     """It is more than a limit allows."""
 
 
+class Overloaded(OverLimit):
+    """It is more than there is room for at present: nothing of it was begun, and it may be asked again a bit later."""
+
+    def __init__(self, sentence: str, *, field: str = "", retry_seconds: float = 1.0) -> None:
+        super().__init__(sentence, field=field)
+        self.retry_seconds = retry_seconds
+        """When to try again."""
+
+
 class NotNow(ModpressureError):
     """The state of things does not allow it at present."""
+
+
+class LeaseEnded(NotNow):
+    """Whoever asks was away for longer than its lease: nothing more is accepted of it, it has to begin anew."""
+
+
+class Replaced(ModpressureError):
+    """Somebody newer has taken the place of whoever asks: nothing more is accepted of it, it has to end."""
 
 
 class Unavailable(ModpressureError):

@@ -12,14 +12,22 @@ from typing import Any, Final
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from modpressure.access import Door
+from modpressure.admission import Admission, ClientOf
+from modpressure.connections import LOOK_SECONDS, Connections
 from modpressure.errors import BadRequest, ModpressureError
-
-MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-"""Longest message in either direction; clients that expect long answers set the same."""
+from modpressure.grpc_errors import IN_FLIGHT, InFlight
+from modpressure.limits import DEFAULT_LIMITS, Limits
+from modpressure.malformed import ParsingServer
+from modpressure.tls import ServerTls
+from modpressure.tokens import TokenFile
 
 HEALTH_SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+_CUT_OFF_SECONDS: Final = 0.5
+"""Of the end of a grace, at most: how long RPCs have to tell their clients that they are cut off."""
 
 _HEALTH_UPDATE_SECONDS: Final = 1.0
 """Longest wait for watchers of the health that do not read."""
@@ -29,13 +37,10 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _OPTIONS: Final[Sequence[tuple[str, int]]] = (
     # Without this a second server on the same port would silently take half of the connections.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Who has no call in progress may ping, too, as often as the limits say.
     ("grpc.keepalive_permit_without_calls", 1),
-    # Clients may ping as often as every 10 s, also while they have no call.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
 )
 
 _log = structlog.get_logger(__name__)
@@ -46,11 +51,20 @@ class CannotListen(ModpressureError):
 
 
 class _Health(health.aio.HealthServicer):
-    """Health whose watchers do not hold up the stop: they would keep it waiting for the whole grace."""
+    """Health whose watchers do not hold up the stop: they would keep it waiting for the whole grace.
+
+    With List, which the one that this is made from has not learnt yet.
+    """
 
     def __init__(self, stopping: asyncio.Event) -> None:
         super().__init__()
         self._stopping = stopping
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802, RUF100
+        """List the health of all services."""
+        of = health_pb2.HealthCheckResponse
+        statuses = {service: of(status=status) for service, status in self._server_status.items()}  # type: ignore[attr-defined]
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802, RUF100
         """Stream the health of a service until the client goes or the server stops."""
@@ -113,20 +127,40 @@ class GrpcServer:
     """A gRPC server with health and reflection, that stops gracefully.
 
     ``listen`` is ``host:port`` (port 0: any free one) or ``unix:/path``; ``grace_seconds`` is how long RPCs in flight
-    may still take after a stop was asked for.
+    may still take after a stop was asked for. Without ``tls`` nothing is encrypted,
+    without ``tokens`` everybody may do everything, within the ``limits`` that each client has. ``client_of`` tells from
+    metadata whose request somebody hands on; empty if it is the sender's own, or nobody to be believed.
     """
 
-    def __init__(self, listen: str, *, reflection: bool = True, grace_seconds: float) -> None:
+    def __init__(
+        self,
+        listen: str,
+        *,
+        tls: ServerTls | None = None,
+        tokens: TokenFile | None = None,
+        reflection: bool = True,
+        limits: Limits = DEFAULT_LIMITS,
+        client_of: ClientOf | None = None,
+        grace_seconds: float,
+    ) -> None:
         self._listen = listen
+        self._limits = limits
+        self._interceptors: list[grpc.aio.ServerInterceptor] = [
+            Admission(limits, client_of),
+            *([Door(tokens)] if tokens else []),
+        ]
+        self._tls = tls
         self._reflection = reflection
         self._grace_seconds = grace_seconds
         self._server: Any = None
         self._servicers: list[tuple[Any, Callable[[Any, Any], None], str]] = []
         self._serving: dict[str, bool] = {}
         self._stop_steps: list[Callable[[], Awaitable[None]]] = []
+        self._in_flight = InFlight()
         self.stopping = asyncio.Event()
         """Set when the stop begins. A stream without an end of its own watches this and ends."""
         self._health = _Health(self.stopping)
+        self._looking: asyncio.Task[None] | None = None
         self._asked = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -138,6 +172,10 @@ class GrpcServer:
         self._servicers.append((servicer, add_to_server, service))
         self._serving[service] = True
 
+    def intercept(self, interceptor: grpc.aio.ServerInterceptor) -> None:
+        """Have requests that were let in go through ``interceptor``. Before ``start``."""
+        self._interceptors.append(interceptor)
+
     def on_stop(self, step: Callable[[], Awaitable[None]]) -> None:
         """Have ``step`` awaited during the stop, after the health says so and before RPCs are cut off."""
         self._stop_steps.append(step)
@@ -145,30 +183,50 @@ class GrpcServer:
     async def start(self) -> str:
         """Bind and serve; return the address with the actual port. From then on signals ask for a graceful stop.
 
-        BadRequest if ``listen`` is not an address, CannotListen if it can't be had.
+        BadRequest if ``listen`` is not an address, CannotListen if it can't be had, BadCredentials of TLS.
         """
+        credentials = self._tls.credentials() if self._tls else None
         _try_address(self._listen)
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=self._interceptors, options=(*_OPTIONS, *self._limits.channel_arguments())
+        )
+        parsing: Any = ParsingServer(self._server)
         for servicer, add_to_server, _ in self._servicers:
-            add_to_server(servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            add_to_server(servicer, parsing)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, parsing)
         if self._reflection:
             names = (*self._serving, HEALTH_SERVICE, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            # What enable_server_reflection does, which would take this for a server that is not asyncio's.
+            servicer = reflection.aio.ReflectionServicer(names)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, parsing)  # type: ignore[no-untyped-call]
         try:
-            port = self._server.add_insecure_port(self._listen)
+            if credentials is None:
+                port = self._server.add_insecure_port(self._listen)
+            else:
+                port = self._server.add_secure_port(self._listen, credentials)
         except RuntimeError as error:
             raise CannotListen(f"can't listen on {self._listen}: it can't be bound", field="listen") from error
         for service in list(self._serving):
             await self.set_serving(service, self._serving[service])
-        await self._server.start()
+        # Whatever handles an RPC is started from here, and has what is set here.
+        token = IN_FLIGHT.set(self._in_flight)
+        try:
+            await self._server.start()
+        finally:
+            IN_FLIGHT.reset(token)
         # Whoever reads the address may send a signal before anything else has run here.
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number.name)
         if self._listen.startswith("unix:"):
             return self._listen
+        self._looking = asyncio.create_task(self._look_for_crowds(Connections(port, self._limits.host_connections)))
         return f"{self._listen.rpartition(':')[0]}:{port}"
+
+    async def _look_for_crowds(self, connections: Connections) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.to_thread(connections.hang_up_on_crowds)
 
     async def set_serving(self, service: str, serving: bool) -> None:
         """Say whether ``service`` can do its work; the server as a whole is well if all of them are."""
@@ -180,11 +238,29 @@ class GrpcServer:
                 async with asyncio.timeout(_HEALTH_UPDATE_SECONDS):
                     await self._health.set(name, status)
 
-    async def serve_until_stopped(self) -> None:
-        """Serve until SIGINT, SIGTERM or ``stop``; return when all is down. A second signal cuts the grace short."""
-        await _first(self._asked.wait(), self.stopping.wait())
-        await _first(self.stop(), self._stop_at_once())
-        await self._server.wait_for_termination()
+    async def serve_until_stopped(self, drain: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Serve until SIGINT, SIGTERM or ``stop``; return when all is down.
+
+        A second signal cuts the grace short, and cancelling this gives none. ``drain`` ends what RPCs have begun and
+        left; it gets what is left of the grace after them.
+        """
+        try:
+            await _first(self._asked.wait(), self.stopping.wait())
+            await _first(self._stop_and_drain(drain), self._stop_at_once())
+            await self._server.wait_for_termination()
+        except asyncio.CancelledError:
+            await self._end(0)
+            raise
+        finally:
+            self._let_go()
+
+    async def _stop_and_drain(self, drain: Callable[[], Awaitable[None]] | None) -> None:
+        due = asyncio.get_running_loop().time() + self._grace_seconds
+        await self._stop(self._grace_seconds)
+        if drain is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await drain()
 
     def _on_signal(self, name: str) -> None:
         (self._hurry if self._asked.is_set() else self._asked).set()
@@ -192,18 +268,37 @@ class GrpcServer:
 
     async def _stop_at_once(self) -> None:
         await self._hurry.wait()
-        await self._server.stop(0)
+        await self._end(0)
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Stop: health first, then the steps of ``on_stop``, then the RPCs in flight, given their grace."""
-        grace = self._grace_seconds if grace_seconds is None else grace_seconds
+        await self._stop(self._grace_seconds if grace_seconds is None else grace_seconds)
+        self._let_go()
+
+    async def _stop(self, grace_seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HEALTH_UPDATE_SECONDS):
                 await self._health.enter_graceful_shutdown()
         self.stopping.set()
         for step in self._stop_steps:
             await step()
-        await self._server.stop(grace)
+        await self._end(grace_seconds)
+
+    async def _end(self, grace_seconds: float) -> None:
+        """Let RPCs end within a grace, cut off those that do not, and close all connections."""
+        cut_off_seconds = min(_CUT_OFF_SECONDS, grace_seconds / 10)
+        stop = asyncio.ensure_future(self._server.stop(max(grace_seconds, _CUT_OFF_SECONDS)))
+        try:
+            await asyncio.wait({stop}, timeout=grace_seconds - cut_off_seconds)
+            self._in_flight.cut_off()
+            await asyncio.shield(stop)
+        except asyncio.CancelledError:
+            stop.cancel()
+            raise
+
+    def _let_go(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)

@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from modpressure.errors import ModpressureError
 
-def probe(address: str, service: str = "", timeout_seconds: float = 3.0) -> str:
+
+def probe(
+    address: str, service: str = "", timeout_seconds: float = 3.0, credentials: grpc.ChannelCredentials | None = None
+) -> str:
     """Return the health of ``service`` at ``address`` by name, such as SERVING; an empty ``service`` means all of them.
 
-    Any target that grpc takes, such as ``host:port`` or ``unix:/path``. ``grpc.RpcError`` if there is no answer within
-    ``timeout_seconds``.
+    Any target that grpc takes, such as ``host:port`` or ``unix:/path``; not encrypted without ``credentials``.
+    ``grpc.RpcError`` if there is no answer within ``timeout_seconds``.
     """
-    with grpc.insecure_channel(address) as channel:
+    with grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds).status
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
@@ -34,6 +39,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    from modpressure.tls import client_tls
+
+    tls = client_tls(options.ca, options.cert, options.key)
+    return tls.read() if tls else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Probe as the command line says and return the exit code."""
     parser = argparse.ArgumentParser(
@@ -43,9 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("address", help="address of the service, HOST:PORT")
     parser.add_argument("--service", default="", help="full name of one gRPC service (default: all of the server)")
     parser.add_argument("--timeout", type=_seconds, default=3.0, metavar="SECONDS", help="longest wait (default: 3)")
+    for name, what in (
+        ("--ca", "talk TLS; who must have signed the service's certificate (PEM file)"),
+        ("--cert", "certificate to show (PEM file)"),
+        ("--key", "its private key (PEM file)"),
+    ):
+        parser.add_argument(name, type=Path, metavar="FILE", help=what)
     options = parser.parse_args(arguments)
     try:
-        status = probe(options.address, options.service, options.timeout)
+        credentials = _credentials(options) if options.ca or options.cert or options.key else None
+    except ModpressureError as error:
+        sys.stderr.write(f"{error.sentence}\n")
+        return 2
+    try:
+        status = probe(options.address, options.service, options.timeout, credentials)
     except grpc.RpcError as error:
         status = f"{error.code().name}, {error.details()}"
     if status == "SERVING":

@@ -18,12 +18,12 @@ from typing import IO, Final
 import zstandard
 
 from modpressure.errors import BadRequest, NotFound
-from modpressure.kernel.identity import BUILT_IN, ExportedSymbol, KernelIdentity
+from modpressure.kernel.identity import ANY, ExportedSymbol, KernelIdentity
 from modpressure.kernel.identity_text import IdentityError, identity_of_config, parse_identity, render_identity
 from modpressure.kernel.symvers import SymversError, parse_symvers, render_symvers
 
-PACKAGED: Final = ("measured-6.12",)
-"""Identities that come as files of the package, for the sake of their many symbols."""
+PACKAGED: Final = ("debian-12", "debian-13", "measured-6.12")
+"""Identities that come as files of the package, for the sake of their many symbols; read when first asked for."""
 
 _PACKAGE: Final = "modpressure.identities"
 _LONGEST_BYTES: Final = 64 << 20
@@ -38,7 +38,7 @@ _OPENERS: Final[dict[str, Callable[[IO[bytes]], IO[bytes]]]] = {
 
 def identity_names() -> list[str]:
     """List the names of the built-in identities."""
-    return [*BUILT_IN, *PACKAGED]
+    return [ANY.name, *PACKAGED]
 
 
 def load_identity(name_or_path: str) -> KernelIdentity:
@@ -46,10 +46,8 @@ def load_identity(name_or_path: str) -> KernelIdentity:
 
     NotFound if there is neither, BadRequest for a text that can't be understood.
     """
-    if name_or_path in BUILT_IN:
-        return BUILT_IN[name_or_path]
-    if name_or_path in PACKAGED:
-        return _packaged(name_or_path)
+    if name_or_path in identity_names():
+        return _built_in(name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
         raise NotFound(
@@ -57,14 +55,19 @@ def load_identity(name_or_path: str) -> KernelIdentity:
             field="identity",
         )
     try:
-        identity, symvers = parse_identity(_text(path))
+        identity, symvers = parse_identity(_text(path), base_named=_built_in)
     except IdentityError as error:
         raise BadRequest(f"{path}: {error}", field="identity") from None
     return replace(identity, symbols=read_symvers(path.parent / symvers)) if symvers else identity
 
 
 @cache
-def _packaged(name: str) -> KernelIdentity:
+def _built_in(name: str) -> KernelIdentity:
+    """Return a built-in identity. IdentityError if there is none of that name."""
+    if name == ANY.name:
+        return ANY
+    if name not in PACKAGED:
+        raise IdentityError(f"there is no kernel identity {name!r}; there are {', '.join(identity_names())}")
     folder = resources.files(_PACKAGE)
     identity, symvers = parse_identity((folder / f"{name}.toml").read_text())
     return replace(identity, symbols=parse_symvers((folder / symvers).read_text().splitlines()))
@@ -104,12 +107,17 @@ def identity_from(
 
 
 def save_identity(identity: KernelIdentity, path: Path) -> None:
-    """Write the text of an identity, and beside it its symbols; each file appears whole or not at all."""
+    """Write the text of an identity, and beside it its symbols; each file appears whole or not at all. BadRequest."""
+    if path.is_dir():
+        raise BadRequest(f"{str(path)!r} is a directory, not a file to write", field="output")
     symvers = ""
-    if identity.symbols is not None:
-        symvers = f"{path.stem}.symvers"
-        _write(path.with_name(symvers), render_symvers(identity.symbols))
-    _write(path, render_identity(identity, symvers=symvers))
+    try:
+        if identity.symbols is not None:
+            symvers = f"{path.name if path.suffix == '.symvers' else path.stem}.symvers"
+            _write(path.with_name(symvers), render_symvers(identity.symbols))
+        _write(path, render_identity(identity, symvers=symvers))
+    except OSError as error:
+        raise BadRequest(f"{str(path)!r} can't be written: {error.strerror or error}", field="output") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Final, Literal, get_args
+from collections.abc import Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args
 
 import structlog
 
@@ -21,6 +24,36 @@ LEVELS: Final = {
 }
 
 
+_CALL: Final[ContextVar[Mapping[str, Any]]] = ContextVar("call", default=MappingProxyType({}))
+_PROCESS: Final[dict[str, Any]] = {}
+
+
+def about(**fields: Any) -> None:
+    """Have each line that is logged from here on in this task, and in those that it starts, say what it belongs to.
+
+    An empty value says nothing.
+    """
+    _CALL.set({**_CALL.get(), **{name: value for name, value in fields.items() if value}})
+
+
+def about_process(**fields: Any) -> None:
+    """Have each line of this process say what it belongs to, such as the name of the loader."""
+    _PROCESS.update(fields)
+
+
+def _add_what_it_is_about(logger: Any, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    # What the line itself says counts more.
+    return {**_PROCESS, **_CALL.get(), **event}
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Return False for the traceback that gRPC logs where a client's connection breaks before its answer is out.
+
+    That is nobody's mistake, and what was done is counted.
+    """
+    return not str(record.msg).startswith("ExecuteBatchError raised in core")
+
+
 def configure(level: str = "info", format: str = "auto") -> None:
     """Set up structlog, and the standard library's logging to come out alike.
 
@@ -34,7 +67,7 @@ def configure(level: str = "info", format: str = "auto") -> None:
         raise BadRequest(f"there is no log format {format!r}; there are {formats}", field="log_format")
     as_json = format == "json" or (format == "auto" and not sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
+        _add_what_it_is_about,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
     ]
@@ -51,6 +84,7 @@ def configure(level: str = "info", format: str = "auto") -> None:
     )
     # What libraries log through the standard library takes the same road.
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_worth_telling)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

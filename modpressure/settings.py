@@ -15,16 +15,33 @@ The file is ``--config FILE``, else ``MODPRESSURE_CONFIG``, else ``modpressure.t
 from __future__ import annotations
 
 import os
-import re
 import socket
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_settings import NoDecode, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from modpressure.memory import usable_memory_bytes
+from modpressure.service_settings import ServiceSettings
+from modpressure.setting_types import (
+    MAX_NAME_BYTES,
+    Addresses,
+    AdvertisedAddress,
+    Bytes,
+    BytesOrShare,
+    File,
+    KmodVersion,
+    ListenAddress,
+    Name,
+    Seconds,
+    SomeNumber,
+    SomeSeconds,
+    StatsAddress,
+    SystemId,
+    Texts,
+)
 from modpressure.settings_sources import BadSetting, Settings, load_settings, parse_settings
 from modpressure.units import parse_bytes
 
@@ -39,95 +56,6 @@ __all__ = [
     "parse_settings",
 ]
 
-_SYSTEM_ID = re.compile(r"[a-z][a-z0-9-]{0,62}", re.ASCII)
-_MAX_NAME_BYTES = 128
-
-
-def _comma_separated(value: Any) -> Any:
-    """Take a list as a file gives it, or as one text with commas; a flag given twice gives several such texts."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return value
-    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
-
-
-def _port(text: str, address: str) -> None:
-    if not (text.isascii() and text.isdecimal() and int(text) <= 65535):
-        raise ValueError(f"{address!r} is not HOST:PORT with a port of 0 to 65535")
-
-
-def _listen_address(address: str) -> str:
-    if not address.startswith(("unix:", "unix-abstract:")):
-        host, _, port = address.rpartition(":")
-        if not host or (":" in host and not host.startswith("[")):
-            raise ValueError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
-        _port(port, address)
-    return address
-
-
-def _target_address(address: str) -> str:
-    if not address.startswith("dns:"):
-        return _listen_address(address)
-    # dns:[//authority/]host:port, https://github.com/grpc/grpc/blob/master/doc/naming.md
-    host, _, port = address.removeprefix("dns:").rpartition("/")[2].rpartition(":")
-    if not host:
-        raise ValueError(f"{address!r} is not dns:///HOST:PORT")
-    _port(port, address)
-    return address
-
-
-def _target_addresses(addresses: list[str]) -> list[str]:
-    if not addresses:
-        raise ValueError("no address is given")
-    return [_target_address(address) for address in addresses]
-
-
-def _system_id(value: str) -> str:
-    if not _SYSTEM_ID.fullmatch(value):
-        raise ValueError(f"{value!r} is no system id: 1 to 63 of a-z, 0-9 and '-', beginning with a letter")
-    return value
-
-
-def _short(value: str) -> str:
-    if len(value.encode()) > _MAX_NAME_BYTES:
-        raise ValueError(f"it is longer than {_MAX_NAME_BYTES} bytes")
-    return value
-
-
-def _some_bytes(value: str) -> str:
-    if parse_bytes(value) == 0:
-        raise ValueError("it must be more than 0")
-    return value
-
-
-def _some_bytes_or_share(value: str) -> str:
-    if parse_bytes(value, whole_bytes=1 << 40) == 0:
-        raise ValueError("it must be more than 0")
-    return value
-
-
-def _text(value: Any) -> Any:
-    """Take a bare number in a file as its text."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _number(value: Any) -> Any:
-    """Take a decimal text as its number, which Literal alone does not."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
-
-
-ListenAddress = Annotated[str, AfterValidator(_listen_address)]
-TargetAddress = Annotated[str, AfterValidator(_target_address)]
-Addresses = Annotated[list[str], NoDecode, BeforeValidator(_comma_separated), AfterValidator(_target_addresses)]
-Texts = Annotated[list[str], NoDecode, BeforeValidator(_comma_separated)]
-Bytes = Annotated[str, BeforeValidator(_text), AfterValidator(_some_bytes)]
-BytesOrShare = Annotated[str, BeforeValidator(_text), AfterValidator(_some_bytes_or_share)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["auto", "console", "json"]
-KmodVersion = Annotated[Literal[30, 34], BeforeValidator(_number)]
-
 
 def _default_database() -> str:
     return str(platformdirs.user_state_path("modpressure") / "modpressure.sqlite3")
@@ -135,23 +63,6 @@ def _default_database() -> str:
 
 def _default_cache_dir() -> Path:
     return platformdirs.user_cache_path("modpressure")
-
-
-class ServiceSettings(Settings):
-    """What both services can be told."""
-
-    grace_seconds: Seconds = Field(
-        default=10, description="How long a stopping service lets calls in flight end before it cuts them off; seconds."
-    )
-    reflection: bool = Field(default=True, description="Serve gRPC reflection, so that grpcurl needs no .proto files.")
-    log_level: LogLevel = Field(
-        default="info", description="The least level that is logged: debug, info, warning or error."
-    )
-    log_format: LogFormat = Field(
-        default="auto",
-        description="How lines are logged: console for people, json for machines; auto: console on a terminal, else"
-        " json.",
-    )
 
 
 class StatsSettings(ServiceSettings):
@@ -172,8 +83,39 @@ class StatsSettings(ServiceSettings):
         json_schema_extra={"default_text": "modpressure.sqlite3 in the user's state directory"},
     )
     lease_seconds: SomeSeconds = Field(
-        default=10, description="How long a loader that went silent keeps the names that its calls reserved; seconds."
+        default=10, description="How long a loader may be silent before what its calls hold is given back; seconds."
     )
+    keep_events: Annotated[int, Field(ge=0)] = Field(
+        default=10_000_000,
+        description="How many events of each system are kept, the newest; 0 keeps all. Counters are kept for ever.",
+    )
+    keep_days: Seconds = Field(
+        default=0, description="For how many days events are kept; 0 is no limit. Counters are kept for ever."
+    )
+    import_limit: Bytes = Field(
+        "8GiB", description="Longest file that is imported as a system, packed and unpacked: bytes, 512MiB, 8G."
+    )
+    lead_seconds: SomeSeconds = Field(
+        default=3,
+        description="With several stats_svc over one PostgreSQL database: how long the one that leads may be silent"
+        " before another takes over, the same for all; seconds.",
+    )
+    advertise: AdvertisedAddress = Field(
+        default="",
+        description="Where the other stats_svc on the same database reach this one, HOST:PORT.",
+        json_schema_extra={"default_text": "the address it listens on; its host's name where that is all addresses"},
+    )
+    peer_ca: File = Field(
+        default=None,
+        description="Talk TLS to the other stats_svc on the same database, whose certificates must be signed by one in"
+        " this PEM file; tls_cert is shown to them.",
+        json_schema_extra={"default_text": "no TLS"},
+    )
+
+    @property
+    def import_limit_bytes(self) -> int:
+        """The longest file that is imported, in bytes."""
+        return parse_bytes(self.import_limit)
 
 
 class LoaderSettings(ServiceSettings):
@@ -186,10 +128,31 @@ class LoaderSettings(ServiceSettings):
     listen: ListenAddress = Field(
         default="127.0.0.1:50051", description="Address to serve gRPC on, HOST:PORT; port 0 takes a free one."
     )
-    stats: TargetAddress = Field(
-        default="127.0.0.1:50050", description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT."
+    stats: StatsAddress = Field(
+        default="127.0.0.1:50050",
+        description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT; of several over one database, with commas.",
     )
-    name: Annotated[str, AfterValidator(_short)] = Field(
+    stats_ca: File = Field(
+        default=None,
+        description="Talk TLS to stats_svc, whose certificate must be signed by one in this PEM file.",
+        json_schema_extra={"default_text": "no TLS"},
+    )
+    stats_cert: File = Field(
+        default=None,
+        description="PEM file of the certificate that is shown to stats_svc.",
+        json_schema_extra={"default_text": "none"},
+    )
+    stats_token_file: File = Field(
+        default=None,
+        description="File that holds the token to show to stats_svc, one of role load.",
+        json_schema_extra={"default_text": "none"},
+    )
+    stats_key: File = Field(
+        default=None,
+        description="PEM file of that certificate's private key.",
+        json_schema_extra={"default_text": "none"},
+    )
+    name: Name = Field(
         default="",
         description="Name of this loader in events and summaries, at most 128 bytes.",
         json_schema_extra={"default_text": "HOSTNAME:PORT"},
@@ -209,8 +172,16 @@ class LoaderSettings(ServiceSettings):
         default="any",
         min_length=1,
         description="Kernel to load into: any, which takes every well-formed module, another built-in one (modpressure"
-        " identity show lists them), or a file that modpressure identity from wrote.",
+        " identity show lists them), catalogue, the kernel of the catalogue's modules, or a file that modpressure"
+        " identity from wrote.",
     )
+    init: File = Field(
+        default=None,
+        description="CSV file of how long the init functions of modules take and what they return, as modpressure"
+        " verify --init takes it (docs/init.md).",
+        json_schema_extra={"default_text": "each returns 0 at once"},
+    )
+    init_seed: int = Field(default=0, description="Seed of what that file leaves to chance.")
     cache_dir: Path = Field(
         default_factory=_default_cache_dir,
         description="Directory for tree indexes and the files built from the catalogue.",
@@ -227,6 +198,12 @@ class LoaderSettings(ServiceSettings):
         default=34,
         description="The libkmod whose way of handing compressed files to the kernel is followed: 30 decompresses by"
         " itself, 34 lets the kernel.",
+    )
+    request_limit: SomeNumber = Field(
+        16384,
+        description="Requests in progress at once of all LoadModules streams, at most 1024 of one. Each client may have"
+        " as many as are left free then, alone half of them; its streams are read later then, and a client that has"
+        " none and finds no place is answered RESOURCE_EXHAUSTED with RetryInfo.",
     )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=4, description="Threads that read, decompress and copy files, 1 to 1024."
@@ -248,7 +225,7 @@ class LoaderSettings(ServiceSettings):
             return self.name
         port = address.rpartition(":")[2]
         # Without a TCP port the process id tells loaders of one host apart.
-        return f"{socket.gethostname()}:{port if port.isdecimal() else os.getpid()}"[:_MAX_NAME_BYTES]
+        return f"{socket.gethostname()}:{port if port.isdecimal() else os.getpid()}"[:MAX_NAME_BYTES]
 
 
 class ClientSettings(Settings):
@@ -264,12 +241,31 @@ class ClientSettings(Settings):
         " for.",
         json_schema_extra={"default_text": "127.0.0.1:50051"},
     )
-    stats: TargetAddress = Field(
-        default="127.0.0.1:50050", description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT."
+    stats: StatsAddress = Field(
+        default="127.0.0.1:50050",
+        description="Address of stats_svc, HOST:PORT or dns:///HOST:PORT; of several over one database, with commas.",
+    )
+    ca: File = Field(
+        default=None,
+        description="Talk TLS to the services, whose certificates must be signed by one in this PEM file.",
+        json_schema_extra={"default_text": "no TLS"},
+    )
+    cert: File = Field(
+        default=None,
+        description="PEM file of the certificate that is shown to the services.",
+        json_schema_extra={"default_text": "none"},
+    )
+    token_file: File = Field(
+        default=None,
+        description="File that holds the token to show to the services.",
+        json_schema_extra={"default_text": "none"},
+    )
+    key: File = Field(
+        default=None,
+        description="PEM file of that certificate's private key.",
+        json_schema_extra={"default_text": "none"},
     )
     timeout_seconds: SomeSeconds = Field(
         default=60, description="How long one request may take; storms and streams may take longer; seconds."
     )
-    system: Annotated[str, AfterValidator(_system_id)] = Field(
-        default="default", description="The simulated machine that commands are about."
-    )
+    system: SystemId = Field(default="default", description="The simulated machine that commands are about.")

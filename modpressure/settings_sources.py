@@ -56,6 +56,9 @@ class Settings(BaseSettings):
         if cls.section:
             cls.sections[cls.section] = cls
 
+    def check(self) -> None:
+        """Return if the settings go together. BadSetting if a program that has them must not start."""
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -125,7 +128,7 @@ def parse_settings(cls: type[S], argv: Sequence[str], prog: str) -> S:
     """Return the settings that the command line ``argv``, the environment and the file say.
 
     For a service's ``main``: prints and exits 0 on ``--help`` and ``--version``; one sentence on stderr and exit 2 on
-    an unknown flag or key, or a value that makes no sense.
+    an unknown flag or key, a value that makes no sense, or values that ``check`` refuses together.
     """
     parser = _Parser(
         prog=prog,
@@ -152,7 +155,9 @@ def parse_settings(cls: type[S], argv: Sequence[str], prog: str) -> S:
             parser.add_argument(flag(name), metavar=name.rpartition("_")[2].upper(), help=text, **several)
     given = vars(parser.parse_args(list(argv)))
     try:
-        return load_settings(cls, given, given.pop("config", None))
+        settings = load_settings(cls, given, given.pop("config", None))
+        settings.check()
+        return settings
     except BadSetting as error:
         parser.error(error.sentence)
 

@@ -6,6 +6,7 @@ import sys
 
 from modpressure import aio, log
 from modpressure.errors import ModpressureError
+from modpressure.limits import raise_open_files
 from modpressure.settings import StatsSettings, parse_settings
 from stats_svc.server import serve
 
@@ -14,6 +15,7 @@ def main() -> None:
     """Serve until stopped; exit 0, 1 with a sentence on standard error, or 130 if interrupted before it served."""
     settings = parse_settings(StatsSettings, sys.argv[1:], "stats_svc")
     log.configure(settings.log_level, settings.log_format)
+    raise_open_files()
     try:
         aio.run(serve(settings))
     except ModpressureError as error:

@@ -1,17 +1,17 @@
 """Opening a database, SQLite or PostgreSQL, and saying in one sentence why it can't be opened.
 
-One process writes to a database: the ledger keeps the modules lists in memory. So the writer holds a lock: on a file
-beside an SQLite file; on PostgreSQL an advisory lock of the very connection that it writes through, so that whoever
-has lost the one has lost the other.
+One process writes to a database: the ledger keeps the modules lists in memory. Who writes to an SQLite file holds a
+lock on a file beside it, and others don't start; of several over PostgreSQL one leads, and the others stand by.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,8 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
-from stats_svc import schema
+from stats_svc import migrations, schema
+from stats_svc.leadership import DEFAULT_LEAD_SECONDS, Leadership, check_version
 from stats_svc.rows import StoreError
 
 BUSY_TIMEOUT_SECONDS: Final = 5
@@ -29,11 +30,32 @@ BUSY_TIMEOUT_SECONDS: Final = 5
 CONNECT_TIMEOUT_SECONDS: Final = 5
 """How long a PostgreSQL server may take to answer."""
 
-READERS: Final = 5
+EXPORTS: Final = 2
+"""Systems that are exported at once. Each holds a connection for as long as its client reads."""
+
+READERS: Final = 5 + EXPORTS
 """Connections for reading."""
 
-_ADVISORY_LOCK: Final = 0x6D6F6470
-"""Key of the writer's lock on PostgreSQL; an arbitrary number."""
+_MIGRATION_LOCK: Final = 0x6D6F646D
+"""Key of the lock on PostgreSQL of whoever changes the tables; an arbitrary number."""
+
+JOURNAL_BYTES: Final = 64 << 20
+"""Size that SQLite's write-ahead log is cut back to."""
+
+STATEMENT_TIMEOUT_SECONDS: Final = 30
+"""How long PostgreSQL may take for one statement."""
+
+_PATIENCE: Final = {"keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 5000}
+"""How soon a PostgreSQL server that is gone without a word is noticed (libpq's parameters; seconds, milliseconds)."""
+
+RETRY_SECONDS: Final = 3.0
+"""How long a transaction is tried again that PostgreSQL undid, or lost a connection over."""
+
+_FIRST_PAUSE_SECONDS: Final = 0.02
+_MAX_PAUSE_SECONDS: Final = 0.25
+
+_WORTH_A_RETRY: Final = frozenset({"40001", "40P01", "25P03", "57P01", "57P02", "57P03"})
+"""PostgreSQL's codes of a transaction that was undone for others' sake, and of a connection that the server ended."""
 
 
 class Database:
@@ -42,12 +64,18 @@ class Database:
     ``writer`` has one connection; ``reader`` has several, each of whose transactions sees one state of things.
     """
 
-    def __init__(self, location: str) -> None:
-        """Note where it is: a path of an SQLite file, or an SQLAlchemy URL. StoreError if it is neither."""
+    def __init__(self, location: str, lead_seconds: float = DEFAULT_LEAD_SECONDS) -> None:
+        """Note where it is: a path of an SQLite file, or an SQLAlchemy URL. StoreError if it is neither.
+
+        ``lead_seconds`` is how long a leader over PostgreSQL may be silent.
+        """
         self._url = _url_of(location)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         self.name = self._url.database or "" if self.is_sqlite else self._url.render_as_string(hide_password=True)
         """What sentences call it; without its password."""
+
+        self.leadership = None if self.is_sqlite else Leadership(self.name, lead_seconds)
+        """Which of several writes to it; None where there can't be several."""
 
         self._lock_file: int | None = None
         self._identity: tuple[int, int] | None = None
@@ -58,10 +86,10 @@ class Database:
             self.reader = self._engine(writer=False)
 
     def open(self) -> None:
-        """Take the writer's lock, and create the tables if there are none.
+        """Take the lock of a file's writer, and bring the tables to this program's version.
 
-        StoreError if somebody else is the writer, or the database is of a later version, not ours, not a database, or
-        read-only.
+        StoreError if somebody else writes to the file, or the database is of a later version, not ours, not a database,
+        or read-only.
         """
         with self.errors():
             if self.is_sqlite:
@@ -72,11 +100,8 @@ class Database:
             if self.is_sqlite:
                 with self.writer.connect() as connection:
                     connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
-            if version is None:
-                with self.writer.begin() as connection:
-                    schema.metadata.create_all(connection)
-                    row = {"schema_version": schema.SCHEMA_VERSION, "opened_time_ns": time.time_ns()}
-                    connection.execute(sa.insert(schema.about), row)
+            if version != schema.SCHEMA_VERSION:
+                self._migrate()
             if self.is_sqlite:
                 stat = os.stat(self.name)
                 self._identity = (stat.st_dev, stat.st_ino)
@@ -91,12 +116,23 @@ class Database:
                 raise StoreError(f"{self.name} holds tables of something else, such as {sorted(foreign)[0]!r}")
             return None
         version = connection.execute(sa.select(schema.about.c.schema_version)).scalar_one()
-        if version > schema.SCHEMA_VERSION:
-            raise StoreError(
-                f"{self.name} has version {version} of the tables; this program knows versions up to"
-                f" {schema.SCHEMA_VERSION}"
-            )
+        check_version(self.name, version)
         return int(version)
+
+    def _migrate(self) -> None:
+        """Bring the tables to this program's version, all of them or none."""
+        with self.writer.begin() as connection:
+            if not self.is_sqlite:
+                # Others may be starting, too: the second finds that all is done.
+                self.take_time(connection)
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            migrations.upgrade(connection, self._version(connection) or 0)
+
+    def take_time(self, connection: Connection) -> None:
+        """Lift the limits of time for the rest of a transaction that takes long."""
+        if not self.is_sqlite:
+            for limit in ("idle_in_transaction_session_timeout", "statement_timeout"):
+                connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
 
     def _lock_sqlite(self) -> None:
         # Not on the file itself: to close another descriptor of that would let go of SQLite's own locks.
@@ -105,11 +141,8 @@ class Database:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock_file)
-            raise self._in_use() from None
+            raise StoreError(f"{self.name} is in use by another stats_svc") from None
         self._lock_file = lock_file
-
-    def _in_use(self) -> StoreError:
-        return StoreError(f"{self.name} is in use by another stats_svc")
 
     def _engine(self, *, writer: bool) -> Engine:
         return self._sqlite_engine(writer=writer) if self.is_sqlite else self._postgresql_engine(writer=writer)
@@ -132,6 +165,8 @@ class Database:
             # With WAL, FULL is what makes a commit survive a power cut (sqlite.org/pragma.html#pragma_synchronous).
             cursor.execute("PRAGMA synchronous = FULL")
             cursor.execute("PRAGMA foreign_keys = ON")
+            # What a long read had it grow to is given back at the next checkpoint.
+            cursor.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
             cursor.close()
 
         # A writer's lock is taken at the start: one that is raised on the way fails at once if another is quicker.
@@ -144,31 +179,29 @@ class Database:
         return engine
 
     def _postgresql_engine(self, *, writer: bool) -> Engine:
+        limits = {"statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s"}
+        if writer and self.leadership is not None:
+            # Of a leader that is paused within a transaction: its lock on the row would keep others from taking over.
+            limits["idle_in_transaction_session_timeout"] = f"{round(self.leadership.lead_seconds * 1000)}ms"
+        # The user's own come last, and win.
+        options = [*(f"-c {name}={value}" for name, value in limits.items()), str(self._url.query.get("options", ""))]
         try:
-            engine = sa.create_engine(
+            return sa.create_engine(
                 self._url,
                 pool_size=1 if writer else READERS,
                 max_overflow=0,
-                # A dead connection of a reader is replaced; one of the writer took the lock with it.
+                # The writer finds out by itself whether its connection is dead, and what became of its commit.
                 pool_pre_ping=not writer,
                 isolation_level="READ COMMITTED" if writer else "REPEATABLE READ",
-                connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS},
+                connect_args={
+                    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+                    "application_name": "stats_svc",
+                    "options": " ".join(options),
+                    **_PATIENCE,
+                },
             )
         except ModuleNotFoundError as error:
             raise StoreError(f"PostgreSQL needs the package {error.name}; install modpressure[postgres]") from None
-        if writer:
-
-            @event.listens_for(engine, "connect")
-            def on_connect(connection: Any, _: Any) -> None:
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT pg_try_advisory_lock(%s)", (_ADVISORY_LOCK,))
-                    (locked,) = cursor.fetchone()
-                connection.commit()
-                if not locked:
-                    connection.close()
-                    raise self._in_use()
-
-        return engine
 
     def check_writer(self) -> None:
         """Raise StoreError if writes would go to an SQLite file that nobody can see any more: they would succeed."""
@@ -178,14 +211,49 @@ class Database:
             if (stat.st_dev, stat.st_ino) != self._identity:
                 raise StoreError(f"{self.name} has been replaced by another file")
 
-    def ping(self) -> None:
-        """Return if the database answers its writer. StoreError if not."""
+    def write(self, work: Callable[[Connection], None]) -> None:
+        """Do ``work`` in a transaction of the writer, durably or not at all.
+
+        What PostgreSQL undid, or lost a connection over, is done again for a while, unless the database says that it
+        was done; ``work`` must bear that. StandingBy if another process has taken over.
+        """
         self.check_writer()
-        with self.errors(), self.writer.connect() as connection:
-            connection.execute(sa.select(schema.about.c.schema_version))
+        with self.errors():
+            if self.leadership is None:
+                with self.writer.begin() as connection:
+                    work(connection)
+            else:
+                self._write_as_leader(self.leadership, work)
+
+    def _write_as_leader(self, leadership: Leadership, work: Callable[[Connection], None]) -> None:
+        give_up_at = time.monotonic() + RETRY_SECONDS
+        pause_seconds = _FIRST_PAUSE_SECONDS
+        is_again = False
+        while True:
+            begun = time.monotonic()
+            try:
+                with self.writer.begin() as connection:
+                    if not (is_again and leadership.was_made(connection)):
+                        begun = leadership.move_on(connection)
+                        work(connection)
+                break
+            except sa.exc.DBAPIError as error:
+                if not _is_worth_a_retry(error) or time.monotonic() + pause_seconds > give_up_at:
+                    raise
+            is_again = True
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
+        leadership.moved_on(begun)
+
+    def ping(self) -> None:
+        """Return if the database answers its writer, which is heard by those who stand by. StoreError if not."""
+        self.write(lambda connection: None if self.leadership else _look(connection))
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything, the lead included."""
+        if self.leadership is not None:
+            with contextlib.suppress(StoreError), self.errors(), self.writer.begin() as connection:
+                self.leadership.give_up(connection)
         self.writer.dispose()
         self.reader.dispose()
         if self._lock_file is not None:
@@ -203,6 +271,19 @@ class Database:
             raise StoreError(f"{self.name}: {_first_line(error)}") from error
         except OSError as error:
             raise StoreError(f"{self.name}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _look(connection: Connection) -> None:
+    connection.execute(sa.select(schema.about.c.schema_version))
+
+
+def _is_worth_a_retry(error: sa.exc.DBAPIError) -> bool:
+    """Return whether a transaction may come to a better end when it is tried again."""
+    code = getattr(error.orig, "sqlstate", None)
+    if code is None:
+        # It came from the client's library: no connection, or none any more.
+        return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+    return code in _WORTH_A_RETRY or code.startswith("08")
 
 
 def _url_of(location: str) -> URL:

@@ -55,7 +55,7 @@ class EventLog:
 
     def __init__(self, store: LedgerStore) -> None:
         self._store = store
-        self._cache: OrderedDict[int, list[Event]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int, int], list[Event]] = OrderedDict()
         self._lock = Lock()
 
     def page(
@@ -124,14 +124,16 @@ class EventLog:
 
     def _decoded(self, system: str, segment: StoredSegment) -> list[Event]:
         """Return a segment's events, oldest first; they are shared and must not be changed."""
+        # Numbers may come again when those of the newest segments are gone; no other commit has had this time.
+        key = (system, segment.number, segment.commit_time_ns)
         with self._lock:
-            events = self._cache.get(segment.number)
+            events = self._cache.get(key)
             if events is not None:
-                self._cache.move_to_end(segment.number)
+                self._cache.move_to_end(key)
                 return events
         events = decode(system, segment)
         with self._lock:
-            self._cache[segment.number] = events
+            self._cache[key] = events
             while len(self._cache) > _CACHED_SEGMENTS:
                 self._cache.popitem(last=False)
         return events

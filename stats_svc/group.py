@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.rows import Changes, Segment, SegmentKind, SystemDelta, SystemRow
 from stats_svc.session import Session
+
+if TYPE_CHECKING:
+    from stats_svc.claims import Claims
 
 SEGMENT_EVENTS: Final = 2000
 """Events after which another segment is begun: reading one event means reading its segment."""
@@ -23,6 +27,12 @@ class Group:
         self.released: list[tuple[str, int]] = []
         """Instance and call of live modules that were removed."""
 
+        self.fenced: list[str] = []
+        """Loader processes that are over: kept in memory until this is committed."""
+
+        self.unheld: list[tuple[Claims, str]] = []
+        """Claims that nobody holds any more: kept in memory until this is committed."""
+
         self.deleted_systems: list[str] = []
         self.touched: set[str] = set()
         """Systems of which something that is watched has changed."""
@@ -35,6 +45,9 @@ class Group:
 
         self.durable = False
         """Whether anything of it is to be committed."""
+
+        self.imports: list[Callable[[], None]] = []
+        """Work for the writer once this is committed, which commits by itself."""
 
         self._followers: list[asyncio.Future[None]] = []
 

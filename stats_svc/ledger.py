@@ -11,43 +11,80 @@ log; whatever else it asks is evaluated once more, which the state machines allo
 If a commit fails nothing of its group is answered, all streams end, and the state is loaded again from the store as
 soon as that can be written to; loaders then come back and ask again.
 
-A loader whose stream is gone keeps its lease for a while. After that, or at once if it ended its stream by itself, the
-names that its calls had reserved are given up, and waiters are told what the kernel tells them when a load fails. A
-gate that its call held goes to the first call that waits for it: there is no result to share, so that one works for
-itself. Modules that are live stay.
+A loader that is silent, or whose stream is gone, keeps its lease for a while. After that, at once if it ended its
+stream by itself or if a newer process has its name, the names that its calls had reserved are given up, and waiters are
+told what the kernel tells them when a load fails. A gate that its call held goes to the first call that waits for it:
+there is no result to share, so that one works for itself. Its calls are logged as abandoned; live modules stay.
+From then on nothing more is accepted of that process, which is stored: it can neither repeat nor overtake what came
+after it. Time in which this process itself did not run is nobody's silence.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 import structlog
 
-from modpressure.errors import BadRequest, Unavailable
+from modpressure.errors import BadRequest, LeaseEnded, ModpressureError, Replaced, Unavailable
 from modpressure.kernel.counters import SIZE_BITS
+from modpressure.kernel.system_memory import Amounts
 from modpressure.v1 import ledger_service_pb2 as pb
+from stats_svc.ages import Ages
 from stats_svc.events import EventLog
 from stats_svc.group import Group
-from stats_svc.names import check_hello
-from stats_svc.rows import Commit, InstanceRow, LedgerStore, Snapshot, StoreError, SystemRow
-from stats_svc.session import Instance, Session
-from stats_svc.state import DEFAULT_POLICY, LedgerState
+from stats_svc.names import check_hello, is_request_id
+from stats_svc.rows import (
+    ClaimKey,
+    ClaimRow,
+    Commit,
+    InstanceRow,
+    LedgerStore,
+    Snapshot,
+    StandingBy,
+    StoreError,
+    SystemRow,
+    SystemSnapshot,
+)
+from stats_svc.session import Fence, Instance, Session
+from stats_svc.state import DEFAULT_POLICY, LedgerState, LeftBehind, check_imported
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 DEFAULT_SYSTEM: Final = "default"
 
 MAX_GROUP_WEIGHT: Final = 20_000
 """Operations and recorded calls that gather before nothing more is read from any stream."""
 
-PING_SECONDS: Final = 5.0
-"""How often the database is asked whether it is there."""
+PING_SECONDS: Final = 1.0
+"""How often the database is asked whether it is there, and those who stand by hear that this process is."""
+
+STAND_BY_SECONDS: Final = 0.25
+"""How often a process that stands by looks whether it is to lead."""
+
+MIN_PAUSE_SECONDS: Final = 0.01
+MAX_PAUSE_SECONDS: Final = PING_SECONDS / 4
+"""How often leases are looked at, if none ends before."""
+
+CLAIM_SECONDS: Final = 24 * 3600
+"""How long what came of a client's request is remembered."""
+
+INSTANCE_SECONDS: Final = 7 * 24 * 3600
+"""How long it is remembered of a loader process that nothing more is accepted of it."""
+
+PRUNE_SECONDS: Final = 10.0
+"""How often it is looked for what is old."""
+
+PRUNED_ROWS: Final = 500
+"""What is forgotten in one transaction, which others wait for."""
 
 _FIRST_RETRY_SECONDS: Final = 0.1
 _MAX_RETRY_SECONDS: Final = 1.0
@@ -66,10 +103,12 @@ class Ledger:
         on_available: Callable[[bool], None] = lambda available: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock_ns: Callable[[], int] = time.time_ns,
+        ages: Ages | None = None,
     ) -> None:
         """Prepare; ``start`` loads.
 
-        ``on_available`` is called with whether the database can be written to, when that changes.
+        ``on_available`` is called with whether the database can be written to, when that changes. ``ages`` judges what
+        is old, by these clocks if it is not given.
         """
         self._store = store
         self._events = EventLog(store)
@@ -77,8 +116,12 @@ class Ledger:
         self._on_available = on_available
         self._clock = clock
         self._wall_clock_ns = wall_clock_ns
+        self._ages = ages or Ages(wall_clock_ns, self._clock_ns)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
-        self._state = LedgerState(Snapshot([], [], []))
+        self._state = LedgerState(Snapshot([], [], []), self._clock_ns)
+        self._expiry: asyncio.TimerHandle | None = None
+        """Where a request of the kernel waits for a place: when it is looked at again."""
+
         self._group = Group()
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
@@ -86,12 +129,12 @@ class Ledger:
         self._away = "stats_svc is starting"
         """Why nothing is accepted at present, empty if it is."""
 
+        self.leader_address = ""
+        """Where the process is reached that writes to the store instead of this one; empty if none is known to."""
+
         self._sessions: set[Session] = set()
         self._unsaved: dict[str, Instance] = {}
         """Loader processes whose place in their stream is not yet stored as it is."""
-
-        self._undelivered: defaultdict[str, list[int]] = defaultdict(list)
-        """Calls whose live module was removed while their loader was away."""
 
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._tasks: list[asyncio.Task[None]] = []
@@ -102,13 +145,46 @@ class Ledger:
 
     async def start(self) -> None:
         """Load what is stored, and serve. StoreError if the database can't be used."""
-        self._take_over(await self._in_writer(self._store.load))
+        snapshot = await self._load_first()
         self._tasks = [asyncio.create_task(self._commit_groups()), asyncio.create_task(self._keep_house())]
+        if snapshot is None:
+            self._tasks.append(asyncio.create_task(self._lead_later()))
+        else:
+            await self._lead(snapshot)
+
+    async def _load_first(self) -> Snapshot | None:
+        """Return what is stored, None if another process writes to the store and is well.
+
+        One that was killed a moment ago looks the same at first; so this waits until it is either.
+        """
+        while True:
+            try:
+                return await self._in_writer(self._store.load)
+            except StandingBy as error:
+                if error.is_alive:
+                    self._stand_by(error)
+                    return None
+            await asyncio.sleep(STAND_BY_SECONDS)
+
+    def _stand_by(self, error: StandingBy) -> None:
+        if self.leader_address != error.address:
+            _log.info("standing by", leader=error.address)
+        self._away, self.leader_address = error.sentence, error.address
+        self._on_available(False)
+
+    async def _lead_later(self) -> None:
+        await self._lead(await self._load_when_possible())
+        _log.info("leading")
+
+    async def _lead(self, snapshot: Snapshot) -> None:
+        self._take_over(snapshot)
         if DEFAULT_SYSTEM not in self._state.systems:
             await self.create_system(DEFAULT_SYSTEM, DEFAULT_POLICY)
 
     async def stop(self) -> None:
         """Commit and answer what has been asked, end all streams, and stop."""
+        # With the place of each loader in its stream, so that the next process finds no gap.
+        self._group.durable = self._group.durable or bool(self._unsaved)
         with contextlib.suppress(Unavailable):
             await self._flush()
         self._go_away("stats_svc is stopping")
@@ -132,21 +208,38 @@ class Ledger:
         known = self._state.systems.get(system)
         return 0 if known is None else known.peak_held_bytes
 
+    def module_requests(self, system: str) -> tuple[int, int]:
+        """Return how many requests of ``system``'s kernel are in flight, and how many of them wait; 0 if it is gone."""
+        known = self._state.systems.get(system)
+        return (0, 0) if known is None else (known.autoload.in_flight, known.autoload.waiting)
+
     def waiting_calls(self, system: str) -> int:
         """Return how many calls of ``system`` wait for another one, 0 if there is no such system."""
         known = self._state.systems.get(system)
-        return 0 if known is None else known.modules.waiting + known.gate.waiting
+        return 0 if known is None else known.waiting
+
+    def memory_taken(self, system: str) -> tuple[Amounts, Amounts] | None:
+        """Return what is taken of a system's memory and the most that was; None where that is not finite."""
+        known = self._state.systems.get(system)
+        return None if known is None or known.memory is None else known.memory.amounts
+
+    async def in_writer(self, work: Callable[[], T]) -> T:
+        """Do ``work`` between commits, where nothing else writes. StoreError while nothing can be written."""
+        if self._away:
+            raise StoreError(self._away)
+        return await self._in_writer(work)
 
     async def _in_writer(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
     def _take_over(self, snapshot: Snapshot) -> None:
-        self._state = LedgerState(snapshot)
+        self._state = LedgerState(snapshot, self._clock_ns)
+        self._ages.found(max((row.update_time_ns for row in snapshot.systems), default=0))
         now = self._clock()
         for instance in self._state.instances.values():
             # Until it comes back: what its calls had reserved is stored.
             instance.away_since = now
-        self._away = ""
+        self._away = self.leader_address = ""
         self._on_available(True)
 
     def _go_away(self, sentence: str) -> None:
@@ -168,9 +261,16 @@ class Ledger:
 
         BadRequest if the hello makes no sense, Unavailable while the database is away.
         """
-        check_hello(hello.instance_id, hello.loader)
+        check_hello(hello.instance_id, hello.loader, hello.former_instance_ids)
         self._check_available()
+        if hello.instance_id not in self._state.instances:
+            await self._check_not_over(hello.instance_id)
         instance = self._state.instances.get(hello.instance_id)
+        if instance is not None and instance.fence:
+            raise _refusal(instance.id, instance.loader, instance.fence)
+        for other in list(self._state.instances.values()):
+            if other.loader == hello.loader and other.fence is Fence.NONE and other is not instance:
+                self._fence(other, Fence.REPLACED)
         if instance is None:
             instance = Instance(hello.instance_id, hello.loader)
             self._state.instances[instance.id] = instance
@@ -180,35 +280,64 @@ class Ledger:
             instance.loader = hello.loader
         if instance.session is not None:
             self.disconnect(instance.session, Unavailable("the loader has opened another stream"))
-        session = instance.session = Session(instance, strict=not instance.restored)
+        session = instance.session = Session(
+            instance, strict=not instance.restored, heartbeats=hello.heartbeats, heard_at=self._clock()
+        )
         instance.away_since = None
+        self._state.inherit(instance, hello.former_instance_ids)
         self._unsaved[instance.id] = instance
         self._sessions.add(session)
         self._state.take_gates(instance, hello.gates)
+        self._state.take_requests(instance, hello.requests)
         try:
             # What was applied must be committed before the loader is told so, for it may then forget it.
             await self._flush()
         except BaseException:
             self.disconnect(session)
             raise
-        released = None if session.closed else self._undelivered.pop(instance.id, None)
+        released = self._state.released_of(instance, hello.live_call_ids)
         if released:
             session.deliver(pb.ResultBatch(applied_sequence=instance.applied_sequence, released_call_ids=released))
         _log.info("loader connected", loader=instance.loader, instance_id=instance.id, loaders=self.loaders)
-        return session, pb.Welcome(applied_sequence=instance.applied_sequence)
+        lease_seconds = self._lease_seconds
+        return session, pb.Welcome(
+            applied_sequence=instance.applied_sequence, lease_seconds=lease_seconds, heartbeats=lease_seconds > 0
+        )
+
+    async def _check_not_over(self, instance_id: str) -> None:
+        """Return if a loader process that is not in memory is none that is fenced: those are stored, and forgotten."""
+        try:
+            row = await asyncio.to_thread(self._store.instance, instance_id)
+        except StoreError as error:
+            raise Unavailable(error.sentence) from error
+        self._check_available()
+        if row is not None and row.fence:
+            raise _refusal(row.instance_id, row.loader, Fence(row.fence))
+
+    def hear(self, session: Session) -> None:
+        """Note that a loader is there."""
+        session.heard_at = self._clock()
 
     async def submit(self, session: Session, batch: pb.OperationBatch) -> None:
         """Apply a batch; its answers come out of the session. Returns when the next may come.
 
         BadRequest if batches are missing before it: then the stream can't go on.
         """
+        session.served += 1
+        try:
+            await self._submit(session, batch)
+        finally:
+            session.served -= 1
+            self.hear(session)
+
+    async def _submit(self, session: Session, batch: pb.OperationBatch) -> None:
         await session.drained()
         while self._group.weight >= MAX_GROUP_WEIGHT and not session.closed:
             self._room.clear()
             await self._room.wait()
         instance = session.instance
         sequence = batch.sequence
-        left_behind: dict[int, int] | None = None
+        left_behind: LeftBehind | None = None
         if sequence <= instance.applied_sequence:
             if sequence < 1:
                 raise BadRequest(f"{sequence} is no sequence of a batch; they count from 1", field="sequence")
@@ -218,10 +347,20 @@ class Ledger:
                 f"batch {sequence} follows batch {instance.applied_sequence}: those in between are missing",
                 field="sequence",
             )
-        if session.closed:
-            return
-        group = self._group
-        instance.applied_sequence = max(sequence, instance.applied_sequence)
+        async with self._found_claims(batch) as stored_claims:
+            if not session.closed:
+                self._apply(session, batch, left_behind, stored_claims)
+
+    def _apply(
+        self,
+        session: Session,
+        batch: pb.OperationBatch,
+        left_behind: LeftBehind | None,
+        stored_claims: dict[ClaimKey, ClaimRow] | None,
+    ) -> None:
+        group, instance, sequence = self._group, session.instance, batch.sequence
+        if sequence > instance.applied_sequence:
+            instance.applied_sequence, instance.has_news = sequence, True
         self._unsaved[instance.id] = instance
         others_bytes = self.held_bytes - instance.held_bytes
         instance.held_bytes = _credible(batch.held_bytes)
@@ -235,11 +374,13 @@ class Ledger:
             now_ns=self._wall_clock_ns(),
             peak_held_bytes=others_bytes + max(_credible(batch.peak_held_bytes), instance.held_bytes),
             left_behind=left_behind,
+            stored_claims=stored_claims,
         )
         self._filled.set()
+        self._await_expiry()
 
-    async def _find_left_behind(self, instance: Instance, batch: pb.OperationBatch) -> dict[int, int]:
-        """Return which calls of a batch that was applied before have ended, and the events that they left."""
+    async def _find_left_behind(self, instance: Instance, batch: pb.OperationBatch) -> LeftBehind:
+        """Return what is left of a batch that was applied before."""
         await self._flush()
         calls: defaultdict[str, set[int]] = defaultdict(set)
         for operation in batch.operations:
@@ -252,10 +393,41 @@ class Ledger:
                 found.update(self._events.find(system, instance.id, call_ids))
             return found
 
+        is_last = batch.sequence == instance.applied_sequence
         try:
-            return await asyncio.to_thread(find)
+            return LeftBehind(await asyncio.to_thread(find), is_last)
         except StoreError as error:
             raise Unavailable(error.sentence) from error
+
+    @contextlib.asynccontextmanager
+    async def _found_claims(self, batch: pb.OperationBatch) -> AsyncIterator[dict[ClaimKey, ClaimRow] | None]:
+        """Look up what is stored of the claims of a batch, None if it has none; nothing is overlooked meanwhile."""
+        if not batch.has_claims:
+            yield None
+            return
+        wanted: defaultdict[str, list[str]] = defaultdict(list)
+        for operation in batch.operations:
+            # What is no id is refused when it is applied; the store must not be asked for it.
+            if operation.HasField("claim_request") and is_request_id(operation.claim_request.request_id):
+                wanted[operation.system].append(operation.claim_request.request_id)
+        kept = [
+            (name, self._state.systems[name].claims, ids) for name, ids in wanted.items() if name in self._state.systems
+        ]
+        for _, claims, ids in kept:
+            claims.keep(ids)
+        try:
+            try:
+                keys = [(name, request_id) for name, _, ids in kept for request_id in ids]
+                found = await asyncio.to_thread(self._store.find_claims, keys)
+            except StoreError as error:
+                raise Unavailable(error.sentence) from error
+            # A system that was reset meanwhile remembers none of them.
+            now = self._state.systems
+            same = {name for name, claims, _ in kept if name in now and now[name].claims is claims}
+            yield {key: row for key, row in found.items() if key[0] in same}
+        finally:
+            for _, claims, ids in kept:
+                claims.let_go(ids)
 
     async def finish(self, session: Session) -> None:
         """Answer what the loader has asked, after which it asks no more; what still waits is not answered."""
@@ -272,30 +444,79 @@ class Ledger:
         self.held_bytes -= instance.held_bytes
         instance.held_bytes = 0
         instance.session = None
-        instance.away_since = self._clock()
+        self._state.disinherit(instance)
+        instance.away_since = session.heard_at if session.heartbeats and not session.served else self._clock()
         _log.info("loader disconnected", loader=instance.loader, instance_id=instance.id, loaders=self.loaders)
-        if graceful:
-            self._expire(instance)
+        if graceful and not instance.fence:
+            self._fence(instance, Fence.LEASE_ENDED)
 
     def expire_leases(self) -> None:
-        """Take from each loader that has been away for longer than its lease what its calls held."""
+        """Take from each loader that has been away or silent for longer than its lease what its calls held."""
         now = self._clock()
-        for instance in self._state.instances.values():
-            if instance.away_since is not None and now - instance.away_since >= self._lease_seconds:
-                self._expire(instance)
+        for instance in list(self._state.instances.values()):
+            since = instance.silent_since
+            if since is not None and now - since >= self._lease_seconds:
+                self._fence(instance, Fence.LEASE_ENDED)
 
-    def _expire(self, instance: Instance) -> None:
-        instance.away_since = None
-        if self._state.expire(self._group, instance):
-            _log.warning("lease ended", loader=instance.loader, instance_id=instance.id)
+    def _next_lease_end(self) -> float:
+        """When the next lease ends if its loader stays silent, by the ledger's clock."""
+        silences = [i.silent_since for i in self._state.instances.values() if i.silent_since is not None]
+        return min(silences, default=self._clock()) + self._lease_seconds
+
+    def excuse(self, seconds: float) -> None:
+        """Lengthen all leases by a time in which this process did not run."""
+        for instance in self._state.instances.values():
+            if instance.session is not None:
+                instance.session.heard_at += seconds
+            if instance.away_since is not None:
+                instance.away_since += seconds
+
+    def _clock_ns(self) -> int:
+        return int(self._clock() * 1e9)
+
+    def _await_expiry(self) -> None:
+        if self._expiry is None and (due_ns := self._state.next_expiry_ns) is not None:
+            delay_seconds = max(0, due_ns - self._clock_ns()) / 1e9
+            self._expiry = asyncio.get_running_loop().call_later(delay_seconds, self.expire_requests)
+
+    def expire_requests(self) -> None:
+        """Answer the requests of the kernel that have waited for a place for too long."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if not self._away:
+            self._state.expire_requests(self._group)
             self._filled.set()
+            self._await_expiry()
+
+    def _fence(self, instance: Instance, fence: Fence) -> None:
+        """Accept nothing more of a loader process, and take from it what its calls held."""
+        instance.fence = fence
+        if instance.session is not None:
+            self.disconnect(instance.session, _refusal(instance.id, instance.loader, fence))
+        instance.away_since = None
+        abandoned = self._state.expire(self._group, instance)
+        _log.log(
+            logging.WARNING if abandoned else logging.INFO,
+            "lease ended",
+            loader=instance.loader,
+            instance_id=instance.id,
+            reason=fence.name.lower(),
+            abandoned_calls=abandoned,
+        )
+        # Also where it held nothing: a restart must not forget it.
+        instance.has_news = True
+        self._unsaved[instance.id] = instance
+        self._group.fenced.append(instance.id)
+        self._group.durable = True
+        self._filled.set()
 
     # --- systems ---
 
-    async def create_system(self, system_id: str, policy: int) -> SystemRow:
+    async def create_system(self, system_id: str, policy: int, limits: Amounts | None = None) -> SystemRow:
         """Create a system and return it once it is committed. BadRequest, AlreadyExists, Unavailable."""
         self._check_available()
-        system = self._state.create_system(self._group, system_id, policy, self._wall_clock_ns())
+        system = self._state.create_system(self._group, system_id, policy, self._wall_clock_ns(), limits)
         row = system.row()
         await self._flush()
         return row
@@ -312,6 +533,53 @@ class Ledger:
         self._check_available()
         self._state.delete_system(self._group, system_id)
         await self._flush()
+
+    async def import_system(self, rows: AsyncIterator[list[T]], system_id: str, *, replace: bool) -> SystemRow:
+        """Make a system of the rows of a file, as they come; return it once that is committed.
+
+        They are stored step by step, between commits, and seen by nobody before the last is there: whole or not at all.
+        BadRequest, AlreadyExists, NotNow while calls are in flight in what is to be replaced or while it is imported by
+        somebody else, Overloaded while others are, Unavailable.
+        """
+        self._check_available()
+        state = self._state
+        state.begin_import(system_id, replace=replace)
+        key = self._store.begin_import()
+        try:
+            async for some in rows:
+                if some:
+                    await self._in_import(functools.partial(self._store.import_rows, key, some))
+            imported = await self._in_import(functools.partial(self._store.imported, key, system_id))
+            check_imported(imported)
+        except BaseException:
+            self._store.give_import_up(key)
+            state.end_import(system_id)
+            raise
+        # It goes on when nobody waits for it any more: half of it would be done already.
+        await asyncio.shield(asyncio.ensure_future(self._show_imported(state, key, imported)))
+        return imported.row
+
+    async def _in_import(self, work: Callable[[], R]) -> R:
+        try:
+            return await self.in_writer(work)
+        except StoreError as error:
+            raise Unavailable(error.sentence) from error
+
+    async def _show_imported(self, state: LedgerState, key: str, imported: SystemSnapshot) -> None:
+        system_id = imported.row.id
+        try:
+            self._check_available()
+            if state is not self._state:
+                raise Unavailable("the database was away while the system was imported")
+            replaced = state.take_out(system_id)
+            self._group.imports.append(lambda: self._store.show_imported(key, system_id))
+            # If that fails, all is loaded again.
+            await self._flush()
+            state.put_in(self._group, system_id, imported, replaced)
+            self._filled.set()
+        finally:
+            self._store.give_import_up(key)
+            state.end_import(system_id)
 
     @contextlib.contextmanager
     def watch(self, system: str) -> Iterator[asyncio.Event]:
@@ -348,33 +616,43 @@ class Ledger:
             group, self._group = self._group, Group()
             self._room.set()
             try:
-                if group.durable:
+                # Answers from memory are right only as long as nobody else can have changed what is stored.
+                if group.durable or not self._store.leads_for_certain:
                     await self._commit(group)
+                for work in group.imports:
+                    await self._in_writer(work)
                 self._answer(group)
             except Exception as error:
                 await self._recover(group, error)
 
     async def _commit(self, group: Group) -> None:
         now_ns = self._wall_clock_ns()
-        instances = [InstanceRow(i.id, i.loader, i.applied_sequence, now_ns) for i in self._unsaved.values()]
+        instances = []
+        for one in self._unsaved.values():
+            # What is only asked again, or a stream that is opened, must not have what it is asked about forgotten.
+            if one.has_news:
+                one.last_seen_ns, one.has_news = now_ns, False
+            instances.append(InstanceRow(one.id, one.loader, one.applied_sequence, one.last_seen_ns, one.fence))
         self._unsaved.clear()
         commit = Commit(now_ns, group.steps, instances)
         await self._in_writer(lambda: self._store.commit(commit))
 
     def _answer(self, group: Group) -> None:
         for instance_id, call_id in group.released:
-            instance = self._state.instances.get(instance_id)
-            if instance is None:
-                continue
-            if instance.session is None:
-                self._undelivered[instance_id].append(call_id)
-            else:
+            instance = self._state.heir_of(instance_id)
+            # Who is away says what it holds when it comes back.
+            if instance is not None and instance.session is not None:
                 group.results_of(instance.session).released_call_ids.append(call_id)
         if group.deleted_systems:
             for session in self._sessions:
                 group.results_of(session).deleted_systems.extend(group.deleted_systems)
         for session, results in group.results.items():
             session.deliver(results)
+        for claims, request_id in group.unheld:
+            claims.let_go([request_id])
+        for instance_id in group.fenced:
+            # From now on the store says that nothing more is accepted of it.
+            self._state.instances.pop(instance_id, None)
         group.done()
         for system in group.touched:
             for event in self._watchers.get(system, ()):
@@ -385,37 +663,78 @@ class Ledger:
         if not isinstance(error, StoreError):
             _log.error("commit failed", exc_info=error)
         sentence = error.sentence if isinstance(error, StoreError) else "the store failed"
-        away = f"the database is away: {sentence}"
+        away = sentence if isinstance(error, StandingBy) else f"the database is away: {sentence}"
         group.done(Unavailable(away))
         self._go_away(away)
-        _log.error("database away", reason=sentence)
+        if isinstance(error, StandingBy):
+            self._stand_by(error)
+        else:
+            _log.error("database away", reason=sentence)
+        self._take_over(await self._load_when_possible())
+        _log.info("database back")
+
+    async def _load_when_possible(self) -> Snapshot:
+        """Return what is stored, once this process may write to the store."""
         delay_seconds = _FIRST_RETRY_SECONDS
         while True:
             try:
-                snapshot = await self._in_writer(self._store.load)
+                return await self._in_writer(self._store.load)
+            except StandingBy as error:
+                self._stand_by(error)
+                delay_seconds = STAND_BY_SECONDS
             except StoreError as again:
-                self._away = f"the database is away: {again.sentence}"
+                self._away, self.leader_address = f"the database is away: {again.sentence}", ""
+                self._on_available(False)
             except Exception as again:
                 _log.error("database still away", exc_info=again)
-            else:
-                break
             await asyncio.sleep(delay_seconds)
             delay_seconds = min(2 * delay_seconds, _MAX_RETRY_SECONDS)
-        self._take_over(snapshot)
-        _log.info("database back")
 
     async def _keep_house(self) -> None:
-        """End leases, and notice a database that goes away while nobody writes."""
-        pause_seconds = min(max(self._lease_seconds / 10, 0.05), 1.0)
-        pinged = self._clock()
+        """End leases, forget what is old, and notice a database that goes away while nobody writes."""
+        loop = asyncio.get_running_loop()
+        pinged = loop.time()
+        prune_at = pinged + PRUNE_SECONDS
         while True:
+            slept = loop.time()
+            pause_seconds = MAX_PAUSE_SECONDS
+            if not self._away:
+                pause_seconds = min(max(self._next_lease_end() - self._clock(), MIN_PAUSE_SECONDS), pause_seconds)
             await asyncio.sleep(pause_seconds)
+            now = loop.time()
+            if (late_seconds := now - slept - pause_seconds) > self._lease_seconds / 10:
+                self.excuse(late_seconds)
             if self._away:
                 continue
             self.expire_leases()
-            if self._clock() - pinged >= PING_SECONDS:
-                pinged = self._clock()
+            if now - pinged >= PING_SECONDS:
+                pinged = now
                 await self._ping()
+            if now >= prune_at:
+                # If there are more, soon again: commits come in between.
+                prune_at = now if await self.prune() else now + PRUNE_SECONDS
+
+    async def prune(self) -> bool:
+        """Forget some claims that are older than a day, and loader processes that have been over for a week.
+
+        Return whether there may be more.
+        """
+        claims_ns = self._ages.before_ns(CLAIM_SECONDS * 1_000_000_000)
+        instances_ns = self._ages.before_ns(INSTANCE_SECONDS * 1_000_000_000)
+        try:
+            claims = await self._in_writer(lambda: self._store.prune_claims(before_ns=claims_ns, most=PRUNED_ROWS))
+            instances = await self._in_writer(
+                lambda: self._store.prune_instances(before_ns=instances_ns, most=PRUNED_ROWS)
+            )
+        except StoreError as error:
+            _log.warning("what is old is not forgotten", reason=error.sentence)
+            return False
+        return PRUNED_ROWS in (claims, instances)
+
+    async def be_heard(self) -> None:
+        """Have those who stand by learn at once that this process leads, if it does, and where it is reached."""
+        if not self._away:
+            await self._ping()
 
     async def _ping(self) -> None:
         try:
@@ -425,6 +744,19 @@ class Ledger:
             # A commit of nothing much: it fails as any other would, and takes the same way back.
             self._group.durable = True
             self._filled.set()
+
+
+def _refusal(instance_id: str, loader: str, fence: Fence) -> ModpressureError:
+    """Return why nothing more is accepted of a loader process that is fenced."""
+    if fence is Fence.REPLACED:
+        return Replaced(
+            f"another loader process named {loader!r} has taken the place of process {instance_id}: a name is one"
+            " loader's"
+        )
+    return LeaseEnded(
+        f"the lease of process {instance_id} of loader {loader!r} has ended, and what its calls held was given back; it"
+        " has to begin as a new instance"
+    )
 
 
 def _credible(size_bytes: int) -> int:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
-from modpressure.errors import BadRequest
+from modpressure.errors import BadRequest, OverLimit
 from modpressure.grpc_errors import translate_errors
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceServicer
 from stats_svc.ledger import Ledger
 from stats_svc.session import Session
+
+MAX_BATCH_OPERATIONS: Final = 10_000
+"""Operations of one batch, ten times what our loaders send: while one is applied all other streams wait."""
+
+HEARTBEATS_PER_LEASE: Final = 4
+
+MAX_WAITING: Final = 100_000
+"""Operations of one loader that wait for others, more than it can have workers and RPCs."""
 
 
 class LedgerServicer(LedgerServiceServicer):
@@ -34,11 +42,13 @@ class LedgerServicer(LedgerServiceServicer):
                 await context.write(pb.ConnectResponse(welcome=welcome))
                 listening = asyncio.create_task(self._listen(request_iterator, session))
                 telling = asyncio.create_task(_tell(session, context))
+                beating = asyncio.create_task(_beat(session, welcome.lease_seconds))
                 try:
                     await asyncio.wait({listening, telling}, return_when=asyncio.FIRST_EXCEPTION)
                 finally:
                     listening.cancel()
                     telling.cancel()
+                    beating.cancel()
                     ends = await asyncio.gather(listening, telling, return_exceptions=True)
                 for error in ends:
                     if isinstance(error, Exception):
@@ -49,13 +59,34 @@ class LedgerServicer(LedgerServiceServicer):
 
     async def _listen(self, request_iterator: AsyncIterator[pb.ConnectRequest], session: Session) -> None:
         async for request in request_iterator:
-            if request.WhichOneof("kind") != "batch":
-                raise BadRequest("after the hello a stream has batches only", field="batch")
-            await self._ledger.submit(session, request.batch)
+            self._ledger.hear(session)
+            kind = request.WhichOneof("kind")
+            if kind == "batch":
+                _check(session, request.batch)
+                await self._ledger.submit(session, request.batch)
+            elif kind != "heartbeat":
+                raise BadRequest("after the hello a stream has batches and heartbeats only", field="batch")
         # A loader that was killed looks the same up to here; but to that one the last message can't be written.
         await self._ledger.finish(session)
+
+
+def _check(session: Session, batch: pb.OperationBatch) -> None:
+    """Return if a loader asks for no more than it may. OverLimit ends its stream."""
+    if len(batch.operations) > MAX_BATCH_OPERATIONS:
+        raise OverLimit(
+            f"{len(batch.operations)} operations in a batch are more than {MAX_BATCH_OPERATIONS}", field="operations"
+        )
+    if len(session.waiting) + len(batch.operations) > MAX_WAITING:
+        raise OverLimit(f"{len(session.waiting)} operations of this loader wait already, {MAX_WAITING} may")
 
 
 async def _tell(session: Session, context: Any) -> None:
     while (results := await session.next_results()) is not None:
         await context.write(pb.ConnectResponse(results=results))
+
+
+async def _beat(session: Session, lease_seconds: float) -> None:
+    """Have the loader hear that this process runs, whatever else it has to wait for."""
+    while lease_seconds > 0:
+        await asyncio.sleep(lease_seconds / HEARTBEATS_PER_LEASE)
+        session.deliver(pb.ResultBatch())

@@ -1,26 +1,27 @@
-"""What may be called what, and how a value is shown in a sentence."""
+"""What may be called what."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
-from modpressure.errors import BadRequest
+from modpressure.errors import BadRequest, shown
 
 MAX_INSTANCE_ID_BYTES: Final = 64
 MAX_LOADER_BYTES: Final = 128
+MAX_FORMER_INSTANCES: Final = 1000
+MAX_REQUEST_ID_BYTES: Final = 128
+MAX_DIGEST_BYTES: Final = 64
+
+MAX_SYMBOLS: Final = 20_000
+"""Symbols that a call asks for at once; the most that a module of a Debian kernel imports is some thousands."""
 
 MAX_MODULE_NAME_BYTES: Final = 64
 """Longer than any that the kernel takes: 56 bytes with its NUL (include/linux/module.h, ``MODULE_NAME_LEN``)."""
 
 _SYSTEM_ID: Final = re.compile(r"[a-z][a-z0-9-]{0,62}", re.ASCII)
 _PRINTABLE: Final = re.compile(r"[\x21-\x7e]+", re.ASCII)
-_MAX_SHOWN: Final = 80
-
-
-def shown(value: str) -> str:
-    """Return ``value`` quoted, on one line, and not too long to be read."""
-    return repr(value) if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]!r}... ({len(value)} characters)"
 
 
 def check_system_id(value: str) -> str:
@@ -39,8 +40,19 @@ def check_module_name(value: str) -> str:
     return value
 
 
-def check_hello(instance_id: str, loader: str) -> None:
+def check_symbols(values: Sequence[str]) -> None:
+    """Return if so many symbols may be asked for at once. BadRequest if not: the answer would be too long."""
+    if len(values) > MAX_SYMBOLS:
+        raise BadRequest(f"{len(values)} symbols are more than {MAX_SYMBOLS}", field="symbols")
+
+
+def check_hello(instance_id: str, loader: str, former_instance_ids: Sequence[str] = ()) -> None:
     """Return if a loader may present itself so. BadRequest if not."""
+    if len(former_instance_ids) > MAX_FORMER_INSTANCES:
+        raise BadRequest(
+            f"{len(former_instance_ids)} former instances are more than {MAX_FORMER_INSTANCES}",
+            field="former_instance_ids",
+        )
     if len(instance_id) > MAX_INSTANCE_ID_BYTES or not _PRINTABLE.fullmatch(instance_id):
         raise BadRequest(
             f"{shown(instance_id)} is no instance id: 1 to {MAX_INSTANCE_ID_BYTES} printable ASCII characters",
@@ -50,3 +62,18 @@ def check_hello(instance_id: str, loader: str) -> None:
         raise BadRequest(
             f"{shown(loader)} is no name of a loader: at most {MAX_LOADER_BYTES} bytes, printable", field="loader"
         )
+
+
+def is_request_id(value: str) -> bool:
+    """Whether a client may name a request so. PostgreSQL stores no NUL, and an exported file nothing unprintable."""
+    return value.isprintable() and 0 < len(value.encode()) <= MAX_REQUEST_ID_BYTES
+
+
+def check_claim(request_id: str, digest: bytes) -> None:
+    """Return if a client's request may be claimed so. BadRequest if not."""
+    if not is_request_id(request_id):
+        raise BadRequest(
+            f"{shown(request_id)} is no request id: 1 to {MAX_REQUEST_ID_BYTES} bytes, printable", field="request_id"
+        )
+    if len(digest) > MAX_DIGEST_BYTES:
+        raise BadRequest(f"a digest of {len(digest)} bytes is longer than {MAX_DIGEST_BYTES}", field="digest")

@@ -7,8 +7,7 @@ import binascii
 import zlib
 from typing import Final
 
-from modpressure.errors import BadRequest
-from stats_svc.names import shown
+from modpressure.errors import BadRequest, shown
 
 DEFAULT_PAGE_SIZE: Final = 1000
 MAX_PAGE_SIZE: Final = 10_000

@@ -5,18 +5,32 @@ Plain data between the ledger, which knows no SQL, and the store, which knows no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from modpressure.errors import ModpressureError
 from modpressure.kernel.counters import Counters, FailedModule
+from modpressure.kernel.requesters import Requester, Tally
+from modpressure.kernel.system_memory import NOTHING, Amounts, Holding
 from modpressure.v1 import ledger_service_pb2, stats_service_pb2
 
 
 class StoreError(ModpressureError):
     """The database can't be used at present; the sentence names it."""
+
+
+class StandingBy(StoreError):
+    """Another stats_svc writes to the database; this one may do so when that is gone."""
+
+    def __init__(self, sentence: str, address: str = "", *, is_alive: bool = False) -> None:
+        """Say so; ``address`` is where that one is reached, empty if that is not known."""
+        super().__init__(sentence)
+        self.address = address
+        self.is_alive = is_alive
+        """Whether it was seen to do something."""
 
 
 @dataclass(slots=True)
@@ -36,6 +50,21 @@ class SystemRow:
     """Counted when read, not stored."""
 
     counters: Counters = field(default_factory=Counters)
+    limits: Amounts | None = None
+    """What its memory has, 0 where there is no limit; None if there is none at all."""
+
+    peak_taken: Amounts = NOTHING
+    """The most that was taken of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRow:
+    """What a call, or the module that it left live, holds of its system's memory."""
+
+    system: str
+    instance_id: str
+    call_id: int
+    holding: Holding
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +85,9 @@ class ModuleRow:
     position: int
     """Grows with each insertion into the system's list: the newest has the highest."""
 
+    formation: bytes = b""
+    """A serialized ``modpressure.v1.Formation``: its links; empty if it has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceRow:
@@ -65,6 +97,28 @@ class InstanceRow:
     loader: str
     applied_sequence: int
     last_seen_ns: int
+    fence: int = 0
+    """Number of ``stats_svc.session.Fence``."""
+
+
+ClaimKey: TypeAlias = tuple[str, str]
+"""A system and a client's request id."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRow:
+    """A client's request that is carried out once."""
+
+    system: str
+    request_id: str
+    digest: bytes
+    instance_id: str
+    call_id: int
+    """The call that holds the claim; the empty instance and 0 if nobody does."""
+
+    settled: bool
+    record: bytes
+    """A serialized ``modpressure.v1.ClaimRecord``."""
 
 
 class SegmentKind(IntEnum):
@@ -134,7 +188,24 @@ class SystemDelta:
     modules: dict[str, ModuleRow | None] = field(default_factory=dict)
     """Entries of the modules list as they are now, None for one that is gone."""
 
+    uses: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What modules that were formed use, if anything."""
+
+    unused: set[str] = field(default_factory=set)
+    """Modules that used others and were removed, whatever became of their names since."""
+
     segments: list[Segment] = field(default_factory=list)
+    held: dict[tuple[str, int], Holding | None] = field(default_factory=dict)
+    """By instance and call, what is held of the system's memory as it is now, None for nothing any more."""
+
+    peak_taken: Amounts | None = None
+    """The most that was taken of it, if something was taken."""
+
+    requesters: defaultdict[Requester, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    """What is added to requesters."""
+
+    claims: dict[str, ClaimRow] = field(default_factory=dict)
+    """By request id, claims as they are now."""
 
     def add(self, counters: Counters, failed: dict[str, FailedModule]) -> None:
         """Add what some calls count."""
@@ -168,6 +239,20 @@ class Commit:
     instances: list[InstanceRow]
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which events need not be kept: those that are too many or too old, once they are settled."""
+
+    events: int
+    """How many of each system's newest are kept; 0 for all."""
+
+    before_ns: int
+    """What was committed before then is too old; 0 for nothing."""
+
+    settled_ns: int
+    """What was committed since then is kept in any case."""
+
+
 @dataclass(slots=True)
 class Snapshot:
     """All that the ledger keeps in memory, as it is stored."""
@@ -177,19 +262,64 @@ class Snapshot:
     """Oldest first."""
 
     instances: list[InstanceRow]
+    """Those that are not fenced."""
+
+    held: list[HeldRow] = field(default_factory=list)
+    requesters: dict[str, list[Requester]] = field(default_factory=dict)
+    """By system, those that it tells apart."""
+
+    claims: list[ClaimRow] = field(default_factory=list)
+    """Those that are held."""
+
+
+@dataclass(slots=True)
+class SystemSnapshot:
+    """What the ledger keeps in memory of one system, as it is stored."""
+
+    row: SystemRow
+    modules: list[ModuleRow]
+    """Oldest first."""
+
+    held: list[HeldRow]
+    requesters: list[Requester]
 
 
 class LedgerStore(Protocol):
     """What the ledger needs of a store. Each method blocks, runs in one thread at a time, and raises StoreError."""
 
     def load(self) -> Snapshot:
-        """Return everything that is kept in memory, having shown that the database can be written to."""
+        """Return everything that is kept in memory, having shown that the database can be written to.
+
+        StandingBy while another process writes to it.
+        """
 
     def commit(self, commit: Commit) -> None:
-        """Store all of it in one transaction, durably, or nothing."""
+        """Store all of it in one transaction, durably, or nothing. StandingBy if another process has taken over."""
+
+    def begin_import(self) -> str:
+        """Return the key of a system that nobody sees before ``show_imported``."""
+
+    def import_rows(self, key: str, batches: Sequence[Any]) -> None:
+        """Add rows of a file to a system that is being imported, in one short transaction.
+
+        BadRequest if they contradict each other, StoreError if the database was lost since it was begun.
+        """
+
+    def imported(self, key: str, system: str) -> SystemSnapshot:
+        """Return what there is of a system that is being imported, as if it were called so."""
+
+    def show_imported(self, key: str, system: str) -> None:
+        """Call it ``system`` from now on, in place of what there is of that."""
+
+    def give_import_up(self, key: str) -> None:
+        """Have what is there of it taken away; nothing happens if it is shown."""
 
     def ping(self) -> None:
-        """Return if the database answers."""
+        """Return if the database answers and this process may write to it, which is thereby heard of."""
+
+    @property
+    def leads_for_certain(self) -> bool:
+        """Whether no other process can have written to the database since this one last did."""
 
     def segments(
         self,
@@ -208,6 +338,18 @@ class LedgerStore(Protocol):
 
     def first_segment(self, instance_id: str) -> int:
         """Return the least number of a segment that may hold an event of a loader process; 0 if it is not known."""
+
+    def instance(self, instance_id: str) -> InstanceRow | None:
+        """Return a loader process, also one that is fenced; None if it is not known."""
+
+    def prune_instances(self, *, before_ns: int, most: int) -> int:
+        """Forget at most so many loader processes that were fenced before a time and own nothing; return how many."""
+
+    def find_claims(self, keys: Collection[ClaimKey]) -> dict[ClaimKey, ClaimRow]:
+        """Return those of some claims that are stored."""
+
+    def prune_claims(self, *, before_ns: int, most: int) -> int:
+        """Forget at most so many claims that nobody holds and that last changed before a time; return how many."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 
 from modpressure.kernel.counters import COUNTER_NAMES
 
-SCHEMA_VERSION: Final = 1
-"""Version of these tables; a migration to each later one starts from the number that the database holds."""
+SCHEMA_VERSION: Final = 7
+"""Version of these tables; ``migrations`` has the way to it from each earlier one."""
 
 metadata = sa.MetaData()
 
@@ -20,11 +20,12 @@ metadata = sa.MetaData()
 _Text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
-def _number(name: str) -> sa.Column[int]:
-    return sa.Column(name, sa.BigInteger, nullable=False)
+def _number(name: str, default: str | None = None) -> sa.Column[int]:
+    return sa.Column(name, sa.BigInteger, nullable=False, server_default=default)
 
 
 def _system() -> sa.Column[str]:
+    """Return the column of the system that a row is of, by its key."""
     return sa.Column("system", _Text, sa.ForeignKey("systems.id"), primary_key=True)
 
 
@@ -33,8 +34,16 @@ about = sa.Table(
     metadata,
     sa.Column("schema_version", sa.BigInteger, primary_key=True, autoincrement=False),
     _number("opened_time_ns"),
+    _number("epoch", default="0"),
+    _number("commits", default="0"),
+    sa.Column("leader", _Text, nullable=False, server_default=""),
+    sa.Column("leader_address", _Text, nullable=False, server_default=""),
 )
-"""One row: that this database is ours, its version, and when a writer last took it over."""
+"""One row: that this database is ours, its version, when a writer last took it over, and which of several that is.
+
+``epoch`` counts the writers, ``commits`` what the present one has committed; ``leader`` is a name that it gave itself,
+and ``leader_address`` where others reach it.
+"""
 
 systems = sa.Table(
     "systems",
@@ -46,8 +55,34 @@ systems = sa.Table(
     _number("update_time_ns"),
     _number("next_event_id"),
     _number("peak_held_bytes"),
-    *(_number(name) for name in COUNTER_NAMES),
+    *(_number(name) for name in COUNTER_NAMES if name != "abandoned_calls"),
+    _number("abandoned_calls", default="0"),
+    sa.Column("name", _Text, nullable=False, server_default=""),
 )
+"""The systems and their counters. ``abandoned_calls`` since version 6.
+
+``name`` is the id that users know, since version 7; it is empty for what nobody sees: a system that is being imported,
+or was reset, replaced or deleted and is on its way out. ``id`` is what rows of other tables say. So all that a system
+has comes into sight and goes out of it at once, however much that is.
+"""
+
+sa.Index(
+    "systems_by_name",
+    systems.c.name,
+    unique=True,
+    sqlite_where=systems.c.name != "",
+    postgresql_where=systems.c.name != "",
+)
+
+
+seen_keys: Final = sa.select(systems.c.id).where(systems.c.name != "")
+"""The keys of the systems that users see."""
+
+
+def key_of(name: str) -> sa.ScalarSelect[str]:
+    """Return what finds the key of the system that users call so; nothing equals it if there is none."""
+    return sa.select(systems.c.id).where(systems.c.name == name).scalar_subquery()
+
 
 modules = sa.Table(
     "modules",
@@ -60,8 +95,18 @@ modules = sa.Table(
     sa.Column("loader", _Text, nullable=False),
     _number("core_bytes"),
     _number("position"),
+    sa.Column("formation", sa.LargeBinary),
 )
 """The modules lists. Names that are only reserved are here too, so that a restart gives no name away twice."""
+
+module_uses = sa.Table(
+    "module_uses",
+    metadata,
+    _system(),
+    sa.Column("used", _Text, primary_key=True),
+    sa.Column("name", _Text, primary_key=True),
+)
+"""Which module uses which: as their formations say it, to be asked from the other side."""
 
 failed_modules = sa.Table(
     "failed_modules",
@@ -89,6 +134,46 @@ event_segments = sa.Table(
 )
 """Events, up to some thousands a row; ``events`` is compressed with zstd. ``number`` grows over all systems."""
 
+memory_limits = sa.Table(
+    "memory_limits",
+    metadata,
+    _system(),
+    _number("memory_bytes"),
+    _number("vmalloc_bytes"),
+    _number("module_area_bytes"),
+    _number("peak_memory_bytes"),
+    _number("peak_vmalloc_bytes"),
+    _number("peak_module_area_bytes"),
+)
+"""Systems whose memory is finite: what they have (0: no limit), and the most that was taken. Since version 2."""
+
+held_memory = sa.Table(
+    "held_memory",
+    metadata,
+    _system(),
+    sa.Column("instance_id", _Text, primary_key=True),
+    sa.Column("call_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    _number("file_bytes"),
+    _number("image_bytes"),
+    _number("core_bytes"),
+    _number("core_areas"),
+    _number("init_bytes"),
+    _number("init_areas"),
+)
+"""What calls in flight, and the modules that ended calls left live, hold of such systems. Since version 2."""
+
+requesters = sa.Table(
+    "requesters",
+    metadata,
+    _system(),
+    sa.Column("origin", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("requester", _Text, primary_key=True),
+    _number("calls"),
+    _number("failures"),
+    _number("wasted_bytes"),
+)
+"""What the calls of each requester that a system tells apart came to. Since version 3."""
+
 instances = sa.Table(
     "instances",
     metadata,
@@ -97,8 +182,27 @@ instances = sa.Table(
     _number("applied_sequence"),
     _number("first_segment"),
     _number("last_seen_ns"),
+    _number("fence", default="0"),
 )
 """Loader processes: how far their batches have been applied, and the first segment that may hold an event of theirs.
 
-That is a number and no time: clocks step back.
+That is a number and no time: clocks step back. ``fence`` says why nothing more is accepted of one; since version 6.
+"""
+
+claims = sa.Table(
+    "claims",
+    metadata,
+    _system(),
+    sa.Column("request_id", _Text, primary_key=True),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("instance_id", _Text, nullable=False),
+    _number("call_id"),
+    _number("settled"),
+    sa.Column("record", sa.LargeBinary, nullable=False),
+    _number("update_time_ns"),
+    sa.Index("claims_by_time", "update_time_ns"),
+)
+"""Clients' requests that are carried out once, by the client's id: who does so now, if anybody, and what was done.
+
+Since version 6.
 """

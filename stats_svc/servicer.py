@@ -6,22 +6,26 @@ What is read is what is committed: it comes from the store, not from the ledger'
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final, TypeVar
 
-from modpressure.errors import BadRequest, NotFound, Unavailable
+from modpressure.errors import BadRequest, ModpressureError, NotFound, OverLimit, Unavailable
+from modpressure.fair import FairThreads
 from modpressure.grpc_errors import translate_errors
 from modpressure.kernel.report import report
 from modpressure.v1 import stats_service_pb2 as pb
 from modpressure.v1.stats_service_pb2_grpc import StatsServiceServicer
 from stats_svc import convert
 from stats_svc.events import EventFilter, EventLog
+from stats_svc.exports import STALLED_SECONDS, Exports
 from stats_svc.ledger import DEFAULT_SYSTEM, Ledger
 from stats_svc.names import check_system_id
 from stats_svc.paging import number_position, page_size, page_token, token_position
 from stats_svc.rows import StoreError, SystemRow
 from stats_svc.store import SqlStore
+from stats_svc.system_file import FileRows, Reader
 
 T = TypeVar("T")
 
@@ -29,23 +33,31 @@ DEFAULT_WATCH_SECONDS: Final = 1.0
 MIN_WATCH_SECONDS: Final = 0.05
 MAX_WATCH_SECONDS: Final = 24 * 3600.0
 
+CHUNK_BYTES: Final = 1 << 18
+"""Bytes of a file in one message."""
+
 _READERS: Final = 4
 
 
 class StatsServicer(StatsServiceServicer):
     """Serves ``modpressure.v1.StatsService``."""
 
-    def __init__(self, store: SqlStore, ledger: Ledger, stopping: asyncio.Event) -> None:
-        """Serve from ``store`` and ``ledger``; streams end when ``stopping`` is set."""
+    def __init__(self, store: SqlStore, ledger: Ledger, stopping: asyncio.Event, *, import_limit_bytes: int) -> None:
+        """Serve from ``store`` and ``ledger``; streams end when ``stopping`` is set.
+
+        ``import_limit_bytes`` is the length of the longest file that is made a system.
+        """
+        self._import_limit_bytes = import_limit_bytes
         self._store = store
         self._events = EventLog(store)
         self._ledger = ledger
         self._stopping = stopping
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._readers = FairThreads(_READERS, "reader")
+        self._exports = Exports(self._read)
 
     async def _read(self, query: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, query)
+            return await self._readers.run(query)
         except StoreError as error:
             raise Unavailable(f"the database is away: {error.sentence}") from error
 
@@ -55,15 +67,23 @@ class StatsServicer(StatsServiceServicer):
             raise NotFound(f"there is no system {system!r}", field="system")
         return row
 
+    def _system_message(self, row: SystemRow) -> pb.System:
+        return convert.system_to_proto(row, self._ledger.memory_taken(row.id))
+
     async def _stats(self, system: str) -> pb.Stats:
-        row = await self._system(system)
+        found = await self._read(lambda: self._store.stats(system))
+        if found is None:
+            raise NotFound(f"there is no system {system!r}", field="system")
+        row, requesters = found
         ledger = self._ledger
         return convert.stats_to_proto(
             row,
+            requesters,
             held_bytes=ledger.held_bytes,
             peak_held_bytes=ledger.peak_held_bytes(system),
             loaders=ledger.loaders,
             waiting_calls=ledger.waiting_calls(system),
+            module_requests=ledger.module_requests(system),
         )
 
     async def GetReport(self, request: pb.GetReportRequest, context: Any) -> pb.GetReportResponse:
@@ -92,12 +112,17 @@ class StatsServicer(StatsServiceServicer):
             interval_seconds = _interval_seconds(request)
             loop = asyncio.get_running_loop()
             stopping = asyncio.ensure_future(self._stopping.wait())
+            told: pb.Stats | None = None
             try:
                 with self._ledger.watch(system) as changed:
                     while True:
                         changed.clear()
                         due = loop.time() + interval_seconds
-                        yield pb.WatchStatsResponse(stats=await self._stats(system))
+                        stats = await self._stats(system)
+                        # What is committed can be read a moment before it is told of.
+                        if stats != told:
+                            yield pb.WatchStatsResponse(stats=stats)
+                            told = stats
                         change = asyncio.ensure_future(changed.wait())
                         try:
                             await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -136,7 +161,11 @@ class StatsServicer(StatsServiceServicer):
             before = number_position(request.page_token, "loaded", system) or None
             await self._system(system)
             rows = await self._read(lambda: self._store.modules(system, before_position=before, limit=size + 1))
-        response = pb.ListLoadedModulesResponse(modules=[convert.loaded_module_to_proto(row) for row in rows[:size]])
+            names = [row.name for row in rows[:size]]
+            users = await self._read(lambda: self._store.users(system, names))
+        response = pb.ListLoadedModulesResponse(
+            modules=[convert.loaded_module_to_proto(row, users.get(row.name, [])) for row in rows[:size]]
+        )
         if len(rows) > size:
             response.next_page_token = page_token(rows[size - 1].position, "loaded", system)
         return response
@@ -165,7 +194,8 @@ class StatsServicer(StatsServiceServicer):
                     before_event_id=position if newest else 0,
                 )
             )
-        response = pb.ListEventsResponse(events=page.events)
+            oldest = await self._read(lambda: self._store.oldest_event_id(system))
+        response = pb.ListEventsResponse(events=page.events, oldest_event_id=oldest)
         if page.last_event_id:
             response.next_page_token = page_token(page.last_event_id, *asked)
         return response
@@ -174,14 +204,15 @@ class StatsServicer(StatsServiceServicer):
         """Create a system."""
         async with translate_errors(context, "Stats.CreateSystem"):
             policy = convert.policy_from_proto(request.system.policy)
-            row = await self._ledger.create_system(request.system.id, policy)
+            limits = convert.limits_from_proto(request.system)
+            row = await self._ledger.create_system(request.system.id, policy, limits)
         return pb.CreateSystemResponse(system=convert.system_to_proto(row))
 
     async def GetSystem(self, request: pb.GetSystemRequest, context: Any) -> pb.GetSystemResponse:
         """Get one system."""
         async with translate_errors(context, "Stats.GetSystem"):
             row = await self._system(_system_id(request.system))
-        return pb.GetSystemResponse(system=convert.system_to_proto(row))
+        return pb.GetSystemResponse(system=self._system_message(row))
 
     async def ListSystems(self, request: pb.ListSystemsRequest, context: Any) -> pb.ListSystemsResponse:
         """List systems, by id."""
@@ -189,7 +220,7 @@ class StatsServicer(StatsServiceServicer):
             size = page_size(request.page_size)
             after = token_position(request.page_token, "systems")
             rows = await self._read(lambda: self._store.systems(after_id=after, limit=size + 1))
-        response = pb.ListSystemsResponse(systems=[convert.system_to_proto(row) for row in rows[:size]])
+        response = pb.ListSystemsResponse(systems=[self._system_message(row) for row in rows[:size]])
         if len(rows) > size:
             response.next_page_token = page_token(rows[size - 1].id, "systems")
         return response
@@ -207,6 +238,71 @@ class StatsServicer(StatsServiceServicer):
                 raise BadRequest("which system is to be deleted must be said", field="system")
             await self._ledger.delete_system(request.system)
         return pb.DeleteSystemResponse()
+
+    async def ExportSystem(
+        self, request: pb.ExportSystemRequest, context: Any
+    ) -> AsyncIterator[pb.ExportSystemResponse]:
+        """Stream a system as one file."""
+        async with translate_errors(context, "Stats.ExportSystem"):
+            system = _system_id(request.system)
+            found = False
+            chunks = self._exports.chunks(lambda: self._store.export_system(system))
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    found = True
+                    for start in range(0, len(chunk), CHUNK_BYTES):
+                        yield pb.ExportSystemResponse(chunk=chunk[start : start + CHUNK_BYTES])
+            if not found:
+                raise NotFound(f"there is no system {system!r}", field="system")
+
+    async def ImportSystem(
+        self, request_iterator: AsyncIterator[pb.ImportSystemRequest], context: Any
+    ) -> pb.ImportSystemResponse:
+        """Make a system of a file."""
+        async with translate_errors(context, "Stats.ImportSystem"):
+            first = await anext(request_iterator, None)
+            if first is None or first.WhichOneof("kind") != "header":
+                raise BadRequest("the first message must be a header", field="header")
+            if not first.header.system:
+                raise BadRequest("which system it is to be must be said", field="system")
+            rows = self._rows_of(request_iterator)
+            try:
+                async with contextlib.aclosing(rows):
+                    row = await self._ledger.import_system(rows, first.header.system, replace=first.header.replace)
+            except ModpressureError:
+                await self._read_off(request_iterator)
+                raise
+        return pb.ImportSystemResponse(system=self._system_message(row))
+
+    async def _read_off(self, requests: AsyncIterator[pb.ImportSystemRequest]) -> None:
+        """Read the rest of a file that is refused, if it is not too long.
+
+        A client of grpc.aio that writes when its call has ended is told INTERNAL instead of why it has.
+        """
+        left_bytes = self._import_limit_bytes
+        with contextlib.suppress(TimeoutError):
+            while left_bytes > 0:
+                async with asyncio.timeout(STALLED_SECONDS):
+                    request = await anext(requests, None)
+                if request is None:
+                    return
+                left_bytes -= len(request.chunk)
+
+    async def _rows_of(self, requests: AsyncIterator[pb.ImportSystemRequest]) -> AsyncGenerator[list[FileRows], None]:
+        """Yield the rows of the file that requests bring, some for each. OverLimit if none comes for long."""
+        reader = Reader(self._import_limit_bytes)
+        while True:
+            try:
+                async with asyncio.timeout(STALLED_SECONDS):
+                    request = await anext(requests, None)
+            except TimeoutError:
+                raise OverLimit(f"no more of the file came for {STALLED_SECONDS:g} s") from None
+            if request is None:
+                break
+            if request.WhichOneof("kind") != "chunk":
+                raise BadRequest("after the header comes the file", field="chunk")
+            yield await self._read(functools.partial(reader.feed, request.chunk))
+        yield await self._read(reader.end)
 
 
 def _system_id(asked: str) -> str:

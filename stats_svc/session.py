@@ -4,23 +4,59 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from modpressure.v1 import ledger_service_pb2 as pb
 
 if TYPE_CHECKING:
     from stats_svc.system import System
 
+Caller: TypeAlias = tuple[str, int]
+"""A call: instance id and call id."""
+
+MAX_MESSAGE_BYTES: Final = 1 << 20
+"""Longest message to a loader, which takes 16 MiB, unless a single answer is longer."""
+
 MAX_UNREAD_RESULTS: Final = 20_000
 """Answers that a loader may leave unread before nothing more is read from it."""
+
+
+_FRAME_BYTES: Final = 8
+"""What a message within a message takes besides itself: its tag and its length."""
+
+
+MAX_INTERRUPTED: Final = 10_000
+"""Calls of a loader of which it is remembered that their wait was ended by a signal."""
+
+
+class Fence(IntEnum):
+    """Why nothing more is accepted of a loader process."""
+
+    NONE = 0
+    LEASE_ENDED = 1
+    """It was away for longer than its lease, or ended its stream itself."""
+
+    REPLACED = 2
+    """A newer process has its loader's name."""
 
 
 class Session:
     """One stream of a loader: what waits to be sent to it."""
 
-    def __init__(self, instance: Instance, *, strict: bool) -> None:
+    def __init__(self, instance: Instance, *, strict: bool, heartbeats: bool = False, heard_at: float = 0) -> None:
         self.instance = instance
+        self.heartbeats = heartbeats
+        """Whether the loader says often that it is there, so that silence means something."""
+
+        self.heard_at = heard_at
+        """When it was last heard, by the ledger's clock."""
+
+        self.served = 0
+        """Batches of it that are being taken in: meanwhile it is not listened to, and its silence is not its own."""
+
         self.strict = strict
         """Whether a gap in the sequence is an error. It is not if the instance was loaded from the store: batches
         without durable effect may have been answered before that."""
@@ -31,6 +67,9 @@ class Session:
         """Calls whose operation was asked on this stream and waits for another call."""
 
         self._messages: deque[pb.ResultBatch] = deque()
+        self._last_bytes = 0
+        """Length of the last of them."""
+
         self._error: Exception | None = None
         self._finished = False
         self._unread_results = 0
@@ -41,16 +80,26 @@ class Session:
         """Have ``results`` sent."""
         if self.closed:
             return
+        self._unread_results += len(results.results)
         # Who is only woken in a group has no batch in it.
-        self._applied_sequence = max(self._applied_sequence, results.applied_sequence)
-        results.applied_sequence = self._applied_sequence
+        applied_sequence = max(self._applied_sequence, results.applied_sequence)
+        size_bytes = results.ByteSize()
+        if size_bytes > MAX_MESSAGE_BYTES:
+            # What is applied is said last: until then the loader asks nothing that could have these answers forgotten.
+            for answers in _split(results):
+                answers.applied_sequence = self._applied_sequence
+                self._messages.append(answers)
+            del results.results[:]
+            self._last_bytes, size_bytes = MAX_MESSAGE_BYTES, results.ByteSize()
+        self._applied_sequence = results.applied_sequence = applied_sequence
         last = self._messages[-1] if self._messages else None
         # Who reads slowly gets fewer, longer messages. What is released was answered in a message before.
-        if last is not None and not last.released_call_ids:
+        if last is not None and not last.released_call_ids and self._last_bytes + size_bytes <= MAX_MESSAGE_BYTES:
             last.MergeFrom(results)
+            self._last_bytes += size_bytes
         else:
             self._messages.append(results)
-        self._unread_results += len(results.results)
+            self._last_bytes = size_bytes
         self._filled.set()
 
     def finish(self) -> None:
@@ -93,6 +142,19 @@ class Session:
         self._read.set()
 
 
+def _split(results: pb.ResultBatch) -> Iterator[pb.ResultBatch]:
+    """Yield the answers of a message in messages that are not too long."""
+    part, part_bytes = pb.ResultBatch(), 0
+    for result in results.results:
+        size_bytes = result.ByteSize() + _FRAME_BYTES
+        if part.results and part_bytes + size_bytes > MAX_MESSAGE_BYTES:
+            yield part
+            part, part_bytes = pb.ResultBatch(), 0
+        part.results.append(result)
+        part_bytes += size_bytes
+    yield part
+
+
 @dataclass(slots=True, eq=False)
 class Instance:
     """A loader process, new at each of its starts."""
@@ -101,16 +163,39 @@ class Instance:
     loader: str
     applied_sequence: int = 0
     last_seen_ns: int = 0
+    """When its fence was committed, or the last batch that it had not sent before: what that did it may ask again."""
+
+    has_news: bool = True
+    """Whether that is to be set by the next commit."""
+
     restored: bool = False
     """Whether it was loaded from the store: then what it was told before that may not be known here."""
 
     session: Session | None = None
     away_since: float | None = None
-    """When its last stream ended, by the ledger's clock; None while it has one, or has nothing to lose."""
+    """When its last stream ended, by the ledger's clock; None while it has one, and when its lease is over."""
+
+    fence: Fence = Fence.NONE
+    former: tuple[str, ...] = ()
+    """Ids that the same process had before."""
 
     held_bytes: int = 0
+    calls: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Calls that have not ended, as far as they have asked something: system and module of each, if that was said."""
+
     waits: dict[int, System] = field(default_factory=dict)
     """Calls that wait, and their system."""
 
-    interrupted: set[int] = field(default_factory=set)
-    """Calls whose wait was ended by a signal: asked again, they get the same answer."""
+    interrupted: dict[int, None] = field(default_factory=dict)
+    """Calls whose wait was ended by a signal: asked again, they get the same answer. The last some thousand, for one
+    that asks nothing more is never heard of again."""
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it was last heard, by the ledger's clock; None if its silence means nothing."""
+        session = self.session
+        if self.fence:
+            return None
+        if session is None:
+            return self.away_since
+        return session.heard_at if session.heartbeats and not session.served else None

@@ -6,21 +6,35 @@ seen by the operations after it at once; if its commit fails, all of this is thr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, TypeAlias
+from dataclasses import dataclass
+from typing import Final
 
-from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotFound, NotNow
+from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotFound, NotNow, Overloaded, shown
 from modpressure.kernel.modules_list import PROCEED, Answer, State, Verdict
+from modpressure.kernel.system_memory import Amounts
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
+from stats_svc.claims import Claim
 from stats_svc.group import Group
-from stats_svc.names import check_module_name, check_system_id, shown
-from stats_svc.rows import Snapshot, SystemRow
-from stats_svc.session import Instance, Session
-from stats_svc.system import System, Woken
+from stats_svc.limited_memory import allocation_from_proto
+from stats_svc.names import check_claim, check_module_name, check_symbols, check_system_id
+from stats_svc.rows import ClaimKey, ClaimRow, Snapshot, SystemRow, SystemSnapshot
+from stats_svc.session import MAX_INTERRUPTED, Caller, Fence, Instance, Session
+from stats_svc.system import MAX_COUNTED_BYTES, System, Woken
 
-LeftBehind: TypeAlias = Mapping[int, int]
-"""For a batch that was applied before: those of its calls that have ended, and the event that each left."""
+
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """What is left of a batch that was applied before."""
+
+    events: Mapping[int, int]
+    """Those of its calls that have ended, and the event that each left."""
+
+    is_last: bool
+    """Whether none was applied after it. What earlier ones have left may be kept no longer: they were answered."""
+
 
 _VERDICTS: Final = {
     Verdict.PROCEED: pb.OperationResult.VERDICT_PROCEED,
@@ -30,9 +44,39 @@ _VERDICTS: Final = {
     Verdict.FAILED: pb.OperationResult.VERDICT_FAILED,
 }
 _INTERRUPTED: Final = Answer(Verdict.INTERRUPTED, "EINTR", waited=True)
+_PROCEED_AFTER_WAIT: Final = Answer(Verdict.PROCEED, waited=True)
+_SHARED: Final = Answer(Verdict.SHARED, waited=True)
 
 _ENDS: Final = frozenset({"finish_call", "remove_module", "record_calls"})
 """Operations that are not applied twice; all others can be asked again."""
+
+_WAITING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "await_init", "claim_request"})
+"""Operations that may have to wait for another call."""
+
+_STEPS: Final = frozenset(
+    {"enter_gate", "check_name", "reserve_name", "form_module", "await_init", "find_symbols", "allocate_memory"}
+)
+"""Operations of a call on its way, which has to end."""
+
+_NAMING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "form_module"})
+"""Those that name the call's module."""
+
+MAX_RECORD_BYTES: Final = 1 << 20
+"""Longest record of what was done for a request, which is told in one answer."""
+
+MAX_RESULT_BYTES: Final = 64 * 1024
+"""Longest result that a claim is settled with."""
+
+
+IMPORTS: Final = 2
+"""Systems that are imported at once."""
+
+IMPORT_RETRY_SECONDS: Final = 5.0
+
+
+class LostClaim(NotNow):
+    """The claim that a call is part of is not held any more."""
+
 
 DEFAULT_POLICY: Final = call_pb2.POLICY_V6_4
 """Number of ``modpressure.kernel.policy.DEFAULT_POLICY``."""
@@ -41,7 +85,15 @@ DEFAULT_POLICY: Final = call_pb2.POLICY_V6_4
 class LedgerState:
     """All systems and all loader processes."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        """Take over what is stored; ``clock_ns`` is what requests of the kernel are timed by."""
+        self._clock_ns = clock_ns
+        self._queued: dict[str, System] = {}
+        """Systems with requests of the kernel that wait for a place."""
+
+        self._imported: set[str] = set()
+        """Ids of systems that are being imported: none is created that is called so."""
+
         self.systems = {row.id: System(row) for row in snapshot.systems}
         self.instances = {
             row.instance_id: Instance(
@@ -49,12 +101,26 @@ class LedgerState:
                 row.loader,
                 applied_sequence=row.applied_sequence,
                 last_seen_ns=row.last_seen_ns,
+                has_news=False,
                 restored=True,
+                fence=Fence(row.fence),
             )
             for row in snapshot.instances
         }
         for row in snapshot.modules:
             self.systems[row.system].restore(row)
+        for system, requesters in snapshot.requesters.items():
+            self.systems[system].restore_requesters(requesters)
+        for held in snapshot.held:
+            self.systems[held.system].restore_held(held)
+        for claim in snapshot.claims:
+            self.systems[claim.system].claims.restore(claim)
+        self._stored_claims: Mapping[ClaimKey, ClaimRow] | None = None
+        """What the store has of the claims of the batch that is being applied, if that was looked up."""
+
+        self._heirs: dict[str, Instance] = {}
+        """By the former ids of loader processes that are connected, what they are now."""
+
         self._operations: dict[str, Callable[[Group, Session, System, pb.Operation], None]] = {
             "enter_gate": self._enter_gate,
             "check_name": self._check_name,
@@ -63,7 +129,17 @@ class LedgerState:
             "remove_module": self._remove_module,
             "interrupt": self._interrupt,
             "record_calls": self._record_calls,
+            "record_modules": self._record_modules,
             "read_initstate": self._read_initstate,
+            "find_symbols": self._find_symbols,
+            "form_module": self._form_module,
+            "await_init": self._await_init,
+            "allocate_memory": self._allocate_memory,
+            "free_memory": self._free_memory,
+            "request_module": self._request_module,
+            "finish_request": self._finish_request,
+            "claim_request": self._claim_request,
+            "settle_claim": self._settle_claim,
         }
 
     # --- operations ---
@@ -77,8 +153,14 @@ class LedgerState:
         now_ns: int,
         peak_held_bytes: int,
         left_behind: LeftBehind | None = None,
+        stored_claims: Mapping[ClaimKey, ClaimRow] | None = None,
     ) -> None:
-        """Apply operations in their order. ``left_behind`` is given for a batch that was applied before."""
+        """Apply operations of a batch in their order.
+
+        ``left_behind`` is given for a batch that was applied before, ``stored_claims`` for one that has claims.
+        """
+        self._stored_claims = stored_claims
+        calls = session.instance.calls
         for operation in operations:
             kind = operation.WhichOneof("kind")
             system = self.systems.get(operation.system)
@@ -90,23 +172,36 @@ class LedgerState:
                     raise NotFound(f"there is no system {shown(operation.system)}")
                 if peak_held_bytes > system.peak_held_bytes:
                     system.peak_held_bytes = peak_held_bytes
+                if kind == "finish_call":
+                    calls.pop(operation.call_id, None)
                 if left_behind is not None and self._apply_again(group, session, system, operation, left_behind):
                     continue
                 if kind is None:
                     raise BadRequest(f"the operation of call {operation.call_id} asks nothing that is known here")
+                if kind in _NAMING or (kind in _STEPS and operation.call_id not in calls):
+                    calls[operation.call_id] = (operation.system, _module_of(kind, operation))
                 self._operations[kind](group, session, system, operation)
+            except LostClaim as error:
+                group.results_of(session).results.add(
+                    call_id=operation.call_id, verdict=pb.OperationResult.VERDICT_LOST, message=error.sentence
+                )
             except ModpressureError as error:
                 group.results_of(session).results.add(
                     call_id=operation.call_id, verdict=pb.OperationResult.VERDICT_INVALID, message=error.sentence
                 )
 
     def _apply_again(
-        self, group: Group, session: Session, system: System, operation: pb.Operation, left_behind: LeftBehind
+        self,
+        group: Group,
+        session: Session,
+        system: System,
+        operation: pb.Operation,
+        left_behind: LeftBehind,
     ) -> bool:
         """Answer an operation of a batch that was applied before; return False if it is to be evaluated once more."""
         call_id = operation.call_id
         kind = operation.WhichOneof("kind")
-        event_id = left_behind.get(call_id)
+        event_id = left_behind.events.get(call_id)
         if kind == "record_calls":
             system.check_record(operation.record_calls)
             self._answer(group, session, call_id, PROCEED)
@@ -116,13 +211,23 @@ class LedgerState:
             if kind in _ENDS:
                 self._answer(group, session, call_id, PROCEED, event_id)
                 # The hello may have taken its gate once more, by a loader that did not know.
-                errno = operation.finish_call.call.errno
-                self._wake(group, system.leave((session.instance.id, call_id), errno))
+                caller, ended = (session.instance.id, call_id), operation.finish_call.call
+                self._wake(group, system.leave(caller, ended.errno))
+                if ended.outcome == call_pb2.OUTCOME_LIVE and not system.holds(ended.module, caller):
+                    # Unloaded again since, when its loader could not be told.
+                    group.released.append(caller)
             return True
-        if kind in ("enter_gate", "check_name", "reserve_name") and call_id in session.instance.interrupted:
+        if kind == "finish_call":
+            # Counted once, whatever has been forgotten since.
+            raise NotNow(
+                f"call {call_id} left nothing: it was refused, or system {system.id!r} was reset since it ended"
+            )
+        if kind in _WAITING and call_id in session.instance.interrupted:
             self._answer(group, session, call_id, _INTERRUPTED)
             return True
-        # An end that left nothing was refused, and changed nothing.
+        if kind == "remove_module" and not left_behind.is_last:
+            raise NotNow(f"what became of the removal by call {call_id} is not known any more: more was done since")
+        # A removal that left nothing failed, and changed nothing.
         return False
 
     def _answer(self, group: Group, session: Session, call_id: int, answer: Answer, event_id: int = 0) -> None:
@@ -132,27 +237,35 @@ class LedgerState:
             errno=answer.errno,
             waited=answer.waited,
             event_id=event_id,
+            exit_status=answer.exit_status,
         )
 
     def _answer_or_wait(
         self, group: Group, session: Session, system: System, call_id: int, answer: Answer | None
     ) -> None:
-        session.instance.interrupted.discard(call_id)
+        session.instance.interrupted.pop(call_id, None)
         if answer is None:
             session.waiting.add(call_id)
             session.instance.waits[call_id] = system
         else:
             self._answer(group, session, call_id, answer)
 
-    def _wake(self, group: Group, woken: Woken) -> None:
-        """Answer those who waited, each on the stream on which it last asked; who is away will ask again."""
+    def _wake(self, group: Group, woken: Woken, record: pb.ClaimRecord | None = None) -> None:
+        """Answer those who waited, each on the stream on which it last asked; who is away will ask again.
+
+        ``record`` is that of the claim that they waited for, if they did.
+        """
         for (instance_id, call_id), answer in woken:
-            instance = self.instances[instance_id]
+            instance = self.instances.get(instance_id)
+            if instance is None:
+                continue
             instance.waits.pop(call_id, None)
             session = instance.session
             if session is not None and call_id in session.waiting:
                 session.waiting.discard(call_id)
                 self._answer(group, session, call_id, answer)
+                if record is not None:
+                    group.results_of(session).results[-1].record.CopyFrom(record)
 
     def _open_system(
         self, group: Group, session: Session, system: System | None, operation: pb.Operation, now_ns: int
@@ -163,6 +276,7 @@ class LedgerState:
             call_id=operation.call_id,
             verdict=pb.OperationResult.VERDICT_PROCEED,
             policy=call_pb2.Policy.ValueType(system.policy),
+            has_limits=system.limits is not None,
         )
 
     def _enter_gate(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
@@ -172,35 +286,135 @@ class LedgerState:
 
     def _check_name(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         caller = (session.instance.id, operation.call_id)
+        if system.memory is not None:
+            system.memory.settle(group, caller)
         answer = system.modules.check(check_module_name(operation.check_name.module), caller)
         self._answer_or_wait(group, session, system, operation.call_id, answer)
 
     def _reserve_name(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         instance = session.instance
         name = check_module_name(operation.reserve_name.module)
-        answer = system.reserve(group, name, (instance.id, operation.call_id), instance.loader)
+        caller, asked = (instance.id, operation.call_id), operation.reserve_name
+        check_symbols(asked.symbols)
+        answer = system.reserve(group, name, caller, instance.loader)
+        if answer is None or answer.verdict is not Verdict.PROCEED:
+            self._answer_or_wait(group, session, system, operation.call_id, answer)
+            return
+        value = ""
+        if asked.HasField("formation"):
+            formed, value = system.form(group, name, caller, asked.formation)
+            answer = answer._replace(errno=formed.errno)
+        self._answer_or_wait(group, session, system, operation.call_id, answer)
+        result = group.results_of(session).results[-1]
+        result.value = value
+        system.links.tell(asked.symbols, result)
+
+    def _find_symbols(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        check_symbols(operation.find_symbols.symbols)
+        self._answer(group, session, operation.call_id, PROCEED)
+        system.links.tell(operation.find_symbols.symbols, group.results_of(session).results[-1])
+
+    def _form_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        asked, caller = operation.form_module, (session.instance.id, operation.call_id)
+        answer, value = system.form(group, check_module_name(asked.module), caller, asked.formation)
+        self._answer(group, session, operation.call_id, answer)
+        group.results_of(session).results[-1].value = value
+
+    def _await_init(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        name = check_module_name(operation.await_init.module)
+        answer = system.links.wait(name, (session.instance.id, operation.call_id))
         self._answer_or_wait(group, session, system, operation.call_id, answer)
 
     def _finish_call(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
-        call_id = operation.call_id
-        event_id, woken = system.finish(group, session.instance, call_id, operation.finish_call)
-        session.instance.interrupted.discard(call_id)
+        call_id, instance, finish = operation.call_id, session.instance, operation.finish_call
+        claim = self._claim_of(system, (instance.id, finish.claim)) if finish.claim else None
+        if claim is not None and claim.record.ByteSize() + finish.call.ByteSize() > MAX_RECORD_BYTES:
+            raise BadRequest(
+                f"the record of request {claim.request_id!r} can't be longer than {MAX_RECORD_BYTES} bytes",
+                field="claim",
+            )
+        event_id, woken = system.finish(group, instance, call_id, finish)
+        instance.interrupted.pop(call_id, None)
         self._answer(group, session, call_id, PROCEED, event_id)
         self._wake(group, woken)
+        if claim is not None:
+            part = pb.ClaimPart(name=finish.part, call=finish.call)
+            _place(part.call, system, instance, call_id, event_id)
+            system.claims.add(group, claim, part)
+            if finish.settles:
+                self._tell_result(group, claim, system.claims.settle(group, claim))
 
     def _remove_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
-        event_id, answer = system.unload(group, session.instance, operation.call_id, operation.remove_module.unload)
-        self._answer(group, session, operation.call_id, answer, event_id)
+        call_id, instance, asked = operation.call_id, session.instance, operation.remove_module
+        claim = self._claim_of(system, (instance.id, asked.claim)) if asked.claim else None
+        event_id, answer = system.unload(group, instance, call_id, asked.unload)
+        self._answer(group, session, call_id, answer, event_id)
+        if claim is not None:
+            part = pb.ClaimPart(unload=asked.unload)
+            part.unload.errno = answer.errno
+            _place(part.unload, system, instance, call_id, event_id)
+            system.claims.add(group, claim, part)
+            self._tell_result(group, claim, system.claims.settle(group, claim))
+
+    # --- requests of clients ---
+
+    @staticmethod
+    def _claim_of(system: System, owner: Caller) -> Claim:
+        claim = system.claims.of(owner)
+        if claim is None:
+            raise LostClaim(f"call {owner[1]} does not hold its claim on a client's request any more")
+        return claim
+
+    def _claim_request(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        call_id, asked = operation.call_id, operation.claim_request
+        check_claim(asked.request_id, asked.digest)
+        if self._stored_claims is None:
+            raise BadRequest(f"the batch of call {call_id} does not say that it has claims", field="has_claims")
+        stored = self._stored_claims.get((system.id, asked.request_id))
+        caller = (session.instance.id, call_id)
+        answer, record = system.claims.claim(group, asked.request_id, asked.digest, caller, stored)
+        self._answer_or_wait(group, session, system, call_id, answer)
+        if answer is not None:
+            group.results_of(session).results[-1].record.CopyFrom(record)
+
+    def _settle_claim(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        settle = operation.settle_claim
+        if len(settle.result) > MAX_RESULT_BYTES:
+            raise BadRequest(
+                f"a result of {len(settle.result)} bytes is longer than {MAX_RESULT_BYTES}", field="result"
+            )
+        claim = system.claims.of((session.instance.id, operation.call_id))
+        # One that is not held has been settled: this is asked again.
+        if claim is not None:
+            if settle.gives_up:
+                self._give_up(group, system, claim)
+            else:
+                self._tell_result(group, claim, system.claims.settle(group, claim, settle.result))
+        self._answer(group, session, operation.call_id, PROCEED)
+
+    def _tell_result(self, group: Group, claim: Claim, waiters: Iterable[Caller]) -> None:
+        self._wake(group, [(waiter, _SHARED) for waiter in waiters], claim.record)
+
+    def _give_up(self, group: Group, system: System, claim: Claim) -> None:
+        heir = system.claims.give_up(group, claim)
+        if heir is not None:
+            self._wake(group, [(heir, _PROCEED_AFTER_WAIT)], claim.record)
 
     def _interrupt(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         instance, call_id = session.instance, operation.call_id
         caller = (instance.id, call_id)
-        if system.modules.interrupt(caller) or system.gate.interrupt(caller):
-            instance.interrupted.add(call_id)
+        if system.interrupt(caller):
+            instance.interrupted[call_id] = None
+            if len(instance.interrupted) > MAX_INTERRUPTED:
+                del instance.interrupted[next(iter(instance.interrupted))]
             self._wake(group, [(caller, _INTERRUPTED)])
 
     def _record_calls(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         system.record(group, session.instance, operation.record_calls)
+        self._answer(group, session, operation.call_id, PROCEED)
+
+    def _record_modules(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        system.record_modules(group, session.instance, operation.call_id, operation.record_modules)
         self._answer(group, session, operation.call_id, PROCEED)
 
     def _read_initstate(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
@@ -210,6 +424,66 @@ class LedgerState:
             verdict=pb.OperationResult.VERDICT_PROCEED,
             live=entry is not None and entry.state is State.LIVE,
         )
+
+    def _allocate_memory(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        call_id = operation.call_id
+        if system.memory is None:
+            raise BadRequest(f"system {system.id!r} has no limits of memory", field="system")
+        caller = (session.instance.id, call_id)
+        shortage = system.memory.allocate(group, caller, allocation_from_proto(operation.allocate_memory))
+        if shortage is None:
+            self._answer(group, session, call_id, PROCEED)
+            return
+        group.results_of(session).results.add(
+            call_id=call_id,
+            verdict=pb.OperationResult.VERDICT_FAILED,
+            errno="ENOMEM",
+            shortage=pb.Shortage(
+                area=shortage.area.value, asked_bytes=shortage.asked_bytes, left_bytes=shortage.left_bytes
+            ),
+        )
+
+    def _free_memory(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        if system.memory is not None:
+            system.memory.free(group, (session.instance.id, operation.call_id), "image")
+        self._answer(group, session, operation.call_id, PROCEED)
+
+    # --- requests of the kernel ---
+
+    def _request_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        caller, asked = (session.instance.id, operation.call_id), operation.request_module
+        answer = system.autoload.request(asked.name, caller, self._clock_ns(), merge=asked.merge)
+        self._answer_or_wait(group, session, system, operation.call_id, answer)
+        if system.autoload.next_expiry_ns is not None:
+            self._queued[system.id] = system
+
+    def _finish_request(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
+        caller, status = (session.instance.id, operation.call_id), operation.finish_request.exit_status
+        told = system.autoload.finish(caller, "", status, self._clock_ns())
+        self._answer(group, session, operation.call_id, PROCEED)
+        self._wake(group, told)
+
+    @property
+    def next_expiry_ns(self) -> int | None:
+        """When a request that waits for a place will have waited for too long; None if none waits."""
+        times_ns = [at for system in self._queued.values() if (at := system.autoload.next_expiry_ns) is not None]
+        return min(times_ns, default=None)
+
+    def expire_requests(self, group: Group) -> None:
+        """Answer the requests that have waited for a place for too long."""
+        now_ns = self._clock_ns()
+        for system in list(self._queued.values()):
+            self._wake(group, system.autoload.expire(now_ns))
+            if system.autoload.next_expiry_ns is None:
+                del self._queued[system.id]
+
+    def take_requests(self, instance: Instance, requests: Iterable[pb.HeldRequest]) -> None:
+        """Give a loader the places back that its requests have: this process may have been started since."""
+        for held in requests:
+            system = self.systems.get(held.system)
+            if system is not None:
+                request = held.request
+                system.autoload.restore(request.name, (instance.id, held.call_id), merge=request.merge)
 
     # --- loader processes ---
 
@@ -222,35 +496,73 @@ class LedgerState:
                 # Somebody else was given it meanwhile. The call goes on; there is no result of it to share.
                 system.gate.interrupt(caller)
 
-    def expire(self, group: Group, instance: Instance) -> bool:
-        """Take from a loader that is gone what its calls held or waited for; return whether there was anything.
+    def inherit(self, instance: Instance, former: Iterable[str]) -> None:
+        """Note which ids the process of an instance had before, while it is connected."""
+        instance.former = tuple(former)
+        self._heirs.update(dict.fromkeys(instance.former, instance))
+
+    def disinherit(self, instance: Instance) -> None:
+        """Forget them; when it comes back it says so again."""
+        for former in instance.former:
+            if self._heirs.get(former) is instance:
+                del self._heirs[former]
+
+    def heir_of(self, instance_id: str) -> Instance | None:
+        """Return the loader process that had an id last; None if it is over or away."""
+        return self._heirs.get(instance_id) or self.instances.get(instance_id)
+
+    def released_of(self, instance: Instance, live_call_ids: Iterable[int]) -> list[int]:
+        """Return which of a loader's calls own no live module any more, wherever it was unloaded meanwhile."""
+        ids = {instance.id, *instance.former}
+        live = {
+            entry.owner[1]
+            for system in self.systems.values()
+            for entry in system.modules
+            if entry.owner[0] in ids and entry.state is State.LIVE
+        }
+        return [call_id for call_id in live_call_ids if call_id not in live]
+
+    def expire(self, group: Group, instance: Instance) -> int:
+        """Take from a loader that is gone what its calls held or waited for, and log them; return how many there were.
 
         Its live modules stay: it is one machine, of which some CPUs are gone.
         """
-        found = False
+        abandoned = {(system, call_id): module for call_id, (system, module) in instance.calls.items()}
         for call_id, system in instance.waits.items():
-            caller = (instance.id, call_id)
-            found |= system.modules.interrupt(caller) or system.gate.interrupt(caller)
+            system.interrupt((instance.id, call_id))
+        instance.calls.clear()
         instance.waits.clear()
         instance.interrupted.clear()
         for system in self.systems.values():
-            names = [e.name for e in system.modules if e.owner[0] == instance.id and e.state is not State.LIVE]
-            for name in names:
-                self._wake(group, system.remove(group, name))
-            callers = [caller for caller in system.gates_held if caller[0] == instance.id]
-            for caller in callers:
+            for entry in [e for e in system.modules if e.owner[0] == instance.id and e.state is not State.LIVE]:
+                abandoned[system.id, entry.owner[1]] = entry.name
+                self._wake(group, system.remove(group, entry.name))
+            for caller in [caller for caller in system.gates_held if caller[0] == instance.id]:
+                abandoned.setdefault((system.id, caller[1]), "")
                 self._wake(group, system.give_gate_up(caller))
-            found = found or bool(names or callers)
-        return found
+            if system.memory is not None:
+                for caller in system.memory.expire(group, instance.id):
+                    abandoned.setdefault((system.id, caller[1]), "")
+            for caller in [caller for caller in system.autoload.callers() if caller[0] == instance.id]:
+                self._wake(group, system.autoload.drop(caller, self._clock_ns()))
+            for claim in system.claims.owned_by(instance.id):
+                self._give_up(group, system, claim)
+        for (system_id, call_id), module in abandoned.items():
+            if system_id in self.systems:
+                self.systems[system_id].abandon(group, instance, call_id, module)
+        return len(abandoned)
 
     # --- systems ---
 
-    def create_system(self, group: Group, system_id: str, policy: int, now_ns: int) -> System:
+    def create_system(
+        self, group: Group, system_id: str, policy: int, now_ns: int, limits: Amounts | None = None
+    ) -> System:
         """Create a system. BadRequest if that can't be an id, AlreadyExists if there is one of that id."""
         check_system_id(system_id)
         if system_id in self.systems:
             raise AlreadyExists(f"there is a system {system_id!r} already")
-        row = SystemRow(system_id, policy, create_time_ns=now_ns)
+        self._check_not_imported(system_id)
+        row = SystemRow(system_id, policy, create_time_ns=now_ns, limits=limits)
         group.create(row)
         system = self.systems[system_id] = System(row)
         return system
@@ -270,6 +582,52 @@ class LedgerState:
         group.released += [entry.owner for entry in system.modules]
         group.delete(system_id)
         del self.systems[system_id]
+        self._queued.pop(system_id, None)
+
+    def begin_import(self, system_id: str, *, replace: bool) -> None:
+        """Keep an id for a system that is being imported, until ``end_import``.
+
+        BadRequest if that can't be an id; AlreadyExists if there is one, unless it is to be replaced, and NotNow while
+        calls are in flight in that; Overloaded while as many are imported as may be at once.
+        """
+        self._check_not_imported(check_system_id(system_id))
+        if system_id in self.systems:
+            if not replace:
+                raise AlreadyExists(f"there is a system {system_id!r} already")
+            self._idle(system_id, "replaced")
+        if len(self._imported) >= IMPORTS:
+            raise Overloaded(
+                f"{len(self._imported)} systems are being imported, which is as many as there may be at once",
+                retry_seconds=IMPORT_RETRY_SECONDS,
+            )
+        self._imported.add(system_id)
+
+    def end_import(self, system_id: str) -> None:
+        """Let go of an id."""
+        self._imported.discard(system_id)
+
+    def take_out(self, system_id: str) -> System | None:
+        """Have no system of an id that is kept, so that nobody comes in between; return what there was of it.
+
+        NotNow while calls are in flight in that.
+        """
+        replaced = self._idle(system_id, "replaced") if system_id in self.systems else None
+        self.systems.pop(system_id, None)
+        self._queued.pop(system_id, None)
+        return replaced
+
+    def put_in(self, group: Group, system_id: str, imported: SystemSnapshot, replaced: System | None) -> None:
+        """Take over a system that was imported, in place of what was taken out."""
+        self.systems[system_id] = _restored(imported)
+        # Loaders know what was there before.
+        group.deleted_systems.append(system_id)
+        group.touched.add(system_id)
+        if replaced is not None:
+            group.released += [entry.owner for entry in replaced.modules]
+
+    def _check_not_imported(self, system_id: str) -> None:
+        if system_id in self._imported:
+            raise NotNow(f"system {system_id!r} is being imported")
 
     def _idle(self, system_id: str, what: str) -> System:
         system = self.systems.get(check_system_id(system_id))
@@ -278,3 +636,45 @@ class LedgerState:
         if system.has_calls_in_flight:
             raise NotNow(f"system {system_id!r} can't be {what} while calls are in flight")
         return system
+
+
+def _restored(snapshot: SystemSnapshot) -> System:
+    system = System(snapshot.row)
+    for row in snapshot.modules:
+        system.restore(row)
+    system.restore_requesters(snapshot.requesters)
+    for held in snapshot.held:
+        system.restore_held(held)
+    return system
+
+
+def check_imported(snapshot: SystemSnapshot) -> None:
+    """Return if a system can be what a file makes of it. BadRequest if not: no start could load it either."""
+    try:
+        system = _restored(snapshot)
+    except Exception as error:
+        reason = error.sentence if isinstance(error, ModpressureError) else "its rows contradict each other"
+        raise BadRequest(f"the file can't be imported: {reason}", field="chunk") from error
+    taken = () if system.memory is None else system.memory.account.taken
+    if system.has_calls_in_flight or any(amount > MAX_COUNTED_BYTES for amount in taken):
+        raise BadRequest("the file can't be imported: its memory is held by nobody, or too much", field="chunk")
+
+
+def _place(
+    ended: call_pb2.Call | call_pb2.Unload, system: System, instance: Instance, call_id: int, event_id: int
+) -> None:
+    """Fill in of a call what its event has."""
+    ended.system = system.id
+    ended.instance_id = instance.id
+    ended.loader = instance.loader
+    ended.call_id = call_id
+    ended.event_id = event_id
+
+
+def _module_of(kind: str, operation: pb.Operation) -> str:
+    """Return the module of a call that asks something, as far as that says it; empty if it does not."""
+    if kind == "enter_gate":
+        # Identity of the tree, path, copy.
+        path = operation.enter_gate.inode.partition(":")[2].rpartition(":")[0]
+        return path.rpartition("/")[2].partition(".")[0].replace("-", "_")
+    return getattr(getattr(operation, kind), "module", "") if kind in _NAMING else ""

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from modpressure.kernel.counters import COUNTER_NAMES
 from modpressure.kernel.modules_list import State
-from stats_svc import schema
+from stats_svc import memory_rows, schema
 
 
 class Statements:
@@ -24,7 +24,9 @@ class Statements:
             .scalar_subquery()
             .label("live_modules")
         )
-        self.system = sa.select(systems, live).where(systems.c.id == sa.bindparam("the_system"))
+        every = sa.select(systems, *memory_rows.LIMIT_COLUMNS).select_from(memory_rows.with_limits)
+        self.systems = every.where(systems.c.name != "")
+        self.system = every.add_columns(live).where(systems.c.name == sa.bindparam("the_system"))
         segments = schema.event_segments
         # One look at the end of each system's segments; a maximum over all of them would read them all.
         self.newest_segments = sa.select(
@@ -56,6 +58,20 @@ class Statements:
             modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")
         )
         self.put_module = _upsert(insert, modules)
+        uses = schema.module_uses
+        self.remove_uses = sa.delete(uses).where(
+            uses.c.system == sa.bindparam("the_system"), uses.c.name == sa.bindparam("the_name")
+        )
+        self.put_uses = sa.insert(uses)
+        self.put_held = _upsert(insert, schema.held_memory)
+        self.put_claim = _upsert(insert, schema.claims)
+        new = insert(schema.requesters)
+        self.add_requester = new.on_conflict_do_update(
+            index_elements=[column.name for column in schema.requesters.primary_key],
+            set_={
+                name: schema.requesters.c[name] + new.excluded[name] for name in ("calls", "failures", "wasted_bytes")
+            },
+        )
         self.put_instance = _upsert(insert, instances, but="first_segment")
         self.put_segment = sa.insert(schema.event_segments)
         new = insert(failed)

@@ -29,6 +29,9 @@ class Process:
     popen: subprocess.Popen[str]
     address: str = ""
     lines: list[str] = field(default_factory=list)
+    status: int = 0
+    """What it is to exit with, unless it is killed."""
+
     _reader: threading.Thread | None = None
 
     def start(self) -> None:
@@ -99,8 +102,13 @@ class Hand:
     async def tell(self, operation: ledger.Operation) -> None:
         """Send an operation."""
         operation.system = self._system
+        await self.send([operation])
+
+    async def send(self, operations: list[ledger.Operation]) -> None:
+        """Send operations as one batch, as they are."""
         self._sequence += 1
-        batch = ledger.OperationBatch(sequence=self._sequence, operations=[operation])
+        has_claims = any(operation.HasField("claim_request") for operation in operations)
+        batch = ledger.OperationBatch(sequence=self._sequence, operations=operations, has_claims=has_claims)
         await self._stream.write(ledger.ConnectRequest(batch=batch))
 
     async def answer(self) -> ledger.OperationResult:

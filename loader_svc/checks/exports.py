@@ -6,7 +6,7 @@ Sources: ``check_export_symbol_versions``, ``verify_exported_symbols``, ``find_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from loader_svc.image import ElfImage
@@ -39,22 +39,6 @@ class Nobody:
     def find(self, name: str) -> Exporter | None:
         """Find nothing."""
         return None
-
-
-class TreeExporters:
-    """Stands for the live modules where those are not known: every module of a tree that exports something.
-
-    So a symbol resolves if its module is in the tree, whether that is live or not, and in whatever version.
-    """
-
-    def __init__(self, owner_of: Callable[[str], str | None]) -> None:
-        """``owner_of`` returns the module of the tree that exports a symbol, by its index."""
-        self._owner_of = owner_of
-
-    def find(self, name: str) -> Exporter | None:
-        """Return the module of the tree that exports a symbol, or None."""
-        owner = self._owner_of(name)
-        return Exporter(ExportedSymbol(None), owner) if owner is not None else None
 
 
 def versions_failure(elf: ElfImage, identity: KernelIdentity) -> Failure | None:

@@ -6,6 +6,7 @@ is found out once, by ``Linkage.of``; what depends on the modules that are live,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,10 +20,14 @@ from loader_svc.image import ElfImage, Layout
 from loader_svc.image.modinfo import Parameter
 from loader_svc.image.symbols import Export
 from loader_svc.steps import CallSpec, Failure
-from modpressure.kernel.identity import KernelIdentity
+from modpressure.kernel.identity import ExportedSymbol, KernelIdentity
+from modpressure.kernel.links import Formation
 
 PERCPU_UNIT_BYTES: Final = 32 << 10
 """Largest per-CPU allocation (PCPU_MIN_UNIT_SIZE)."""
+
+STATIC_CALL_SITE_BYTES: Final = 8
+"""``struct static_call_site`` (include/linux/static_call_types.h, Linux 6.12): two offsets of 32 bits."""
 
 OWNER_PATIENCE_SECONDS: Final = 30
 """How long a module waits for one that it needs and that is still initialising (``resolve_symbol_wait``)."""
@@ -43,11 +48,27 @@ class Linkage:
     can_be_unloaded: bool
     """False for a module with an init function and no exit function."""
 
+    exported: Mapping[str, ExportedSymbol]
+    """The exports as others link to them, by name."""
+
+    imports: int = 0
+    """How many symbols it imports."""
+
+    symbols: int = 0
+    """How many symbols its own table has."""
+
+    relocations: int = 0
+    """How many relocations are applied to it."""
+
+    static_calls: int = 0
+    """How many calls in its code the kernel makes direct ones (``.static_call_sites``)."""
+
     @classmethod
     def of(cls, elf: ElfImage, layout: Layout, identity: KernelIdentity, flags: int) -> Linkage:
         """Find out what an image that could be laid out says. ImageTooLarge where names overlap without end."""
         versions = Versions.of(elf, identity, flags)
-        resolver = Resolver(wants_of(elf), versions, identity, elf.import_ns, proprietary=is_proprietary(elf))
+        wants = wants_of(elf)
+        resolver = Resolver(wants, versions, identity, elf.import_ns, proprietary=is_proprietary(elf))
         names = bytes(elf.section_data(elf.index_strtab))
         return cls(
             identity,
@@ -59,7 +80,27 @@ class Linkage:
             exports.versions_failure(elf, identity),
             relocations.relocations_failure(elf, identity, flags),
             b"\0init_module\0" not in names or b"cleanup_module\0" in names,
+            {export.name: exports.as_exported(export) for export in elf.exports},
+            len(wants),
+            len(elf.symbols),
+            relocations.count(elf, identity, flags),
+            elf.sections[elf.find_section(b".static_call_sites")].sh_size // STATIC_CALL_SITE_BYTES,
         )
+
+    def formation(self, resolution: Resolution) -> Formation:
+        """Return what the module, its imports resolved, is to the others once it is formed."""
+        return Formation(
+            self.exported,
+            resolution.uses,
+            resolution.is_proprietary,
+            not self.can_be_unloaded,
+            self.percpu_bytes,
+        )
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The symbols that it wants and that the kernel is not known to export."""
+        return self.resolver.foreign
 
     def percpu_failure(self, taken_bytes: int) -> Failure | None:
         """Return why there is no per-CPU memory for the module, where others have taken ``taken_bytes``."""
@@ -83,12 +124,18 @@ class Linkage:
         """Return what fails before the imports are resolved: per-CPU room, versions of the exports."""
         return self.percpu_failure(percpu_taken_bytes) or self.versions_failure
 
-    def failure_after_symbols(self, spec: CallSpec, others: Exporters) -> Failure | None:
-        """Return what fails once the imports are resolved: relocations, arguments, exports, parameters."""
+    def failure_before_forming(self, spec: CallSpec, others: Exporters) -> Failure | None:
+        """Return what fails once the imports are resolved: relocations, arguments, exports."""
         if self.relocations_failure:
             return self.relocations_failure
         if spec.caller.are_parameters_unmapped:
             return Failure("EFAULT", "parameters: address")
-        return exports.taken_failure(self.exports, self.identity, others) or parameters_failure(
-            spec.parameters, self.parameters
-        )
+        return exports.taken_failure(self.exports, self.identity, others)
+
+    def failure_after_forming(self, spec: CallSpec) -> Failure | None:
+        """Return what fails once others can link to the module: parameters."""
+        return parameters_failure(spec.parameters, self.parameters)
+
+    def failure_after_symbols(self, spec: CallSpec, others: Exporters) -> Failure | None:
+        """Return what fails once the imports are resolved, before and after others can link to it."""
+        return self.failure_before_forming(spec, others) or self.failure_after_forming(spec)

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loader_svc.image.modinfo import Parameter
+from loader_svc.image.modinfo import ARRAY_PREFIX, Parameter
 from loader_svc.steps import Failure
 
 _SPACES: Final = " \t\n\v\f\r\xa0"
 """The kernel's isspace(), Latin-1's no-break space included."""
 
-_ARRAY_PREFIX: Final = "array of "
 _WITHOUT_VALUE: Final = frozenset({"bool", "bint"})
 """Types that stand for themselves: a name alone means true."""
 
@@ -66,10 +65,10 @@ def _next_word(text: str) -> tuple[str, str]:
 
 def parameters_failure(text: str, parameters: Iterable[Parameter]) -> Failure | None:
     """Return why a parameter text is refused; None if it is not. Names that the module lacks are passed over."""
-    types = {_key(parameter.name): parameter.type for parameter in parameters}
+    known = {_key(parameter.name): parameter for parameter in parameters}
     failure: Failure | None = None
     for argument in split_arguments(text):
-        errno = _errno_of(argument, types)
+        errno = _errno_of(argument, known)
         if errno:
             value = argument.name if argument.value is None else f"{argument.name}={argument.value}"
             failure = Failure(errno, "parameters", value)
@@ -85,18 +84,23 @@ def _key(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _errno_of(argument: Argument, types: Mapping[str, str]) -> str:
-    kind = types.get(_key(argument.name))
-    if kind is None:
+def _errno_of(argument: Argument, known: Mapping[str, Parameter]) -> str:
+    parameter = known.get(_key(argument.name))
+    if parameter is None:
         return ""
+    kind = parameter.type
     if argument.value is None:
         # What a type of the module's own would say is not known.
         return "EINVAL" if kind and kind not in _WITHOUT_VALUE and _is_known(kind) else ""
-    if not kind.startswith(_ARRAY_PREFIX):
+    if kind == "string" and parameter.most is not None:
+        return "ENOSPC" if len(argument.value.encode()) >= parameter.most else ""
+    if not kind.startswith(ARRAY_PREFIX):
         return _value_errno(argument.value, kind)
-    # How many elements the array has is in the module's data; too many would be EINVAL.
-    for element in argument.value.split(","):
-        if errno := _value_errno(element, kind.removeprefix(_ARRAY_PREFIX)):
+    for taken, element in enumerate(argument.value.split(",")):
+        # One by one: what is wrong before the limit counts (param_array).
+        if taken == parameter.most:
+            return "EINVAL"
+        if errno := _value_errno(element, kind.removeprefix(ARRAY_PREFIX)):
             return errno
     return ""
 
@@ -115,7 +119,7 @@ _RANGES: Final = {
 
 
 def _is_known(kind: str) -> bool:
-    return kind in _RANGES or kind in ("bool", "invbool", "bint", "charp", "string") or kind.startswith(_ARRAY_PREFIX)
+    return kind in _RANGES or kind in ("bool", "invbool", "bint", "charp", "string") or kind.startswith(ARRAY_PREFIX)
 
 
 def _value_errno(value: str, kind: str) -> str:
@@ -135,16 +139,19 @@ def _is_bool(value: str) -> bool:
 _LONGEST_NUMBER: Final = 64
 """Digits that a 64-bit number can't have in any base."""
 
-_NUMBER: Final = re.compile(r"([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))\n?", re.ASCII)
+_NUMBER: Final = re.compile(r"([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))", re.ASCII)
 
 
 def _number_errno(value: str, lowest: int, highest: int) -> str:
-    match = _NUMBER.fullmatch(value)
+    match = _NUMBER.match(value)
     if match is None or (match[1] == "-" and lowest == 0):
         return "EINVAL"
     digits, base = (match[2], 16) if match[2] else (match[3], 8) if match[3] else (match[4], 10)
     digits = digits.lstrip("0") or "0"
-    if len(digits) > _LONGEST_NUMBER:
+    # Digits that no 64 bits hold are the first thing to be noticed, before anything behind them.
+    if len(digits) > _LONGEST_NUMBER or int(digits, base) >= 1 << 64:
         return "ERANGE"
+    if value[match.end() :] not in ("", "\n"):
+        return "EINVAL"
     number = int(digits, base)
     return "" if lowest <= (-number if match[1] == "-" else number) <= highest else "ERANGE"

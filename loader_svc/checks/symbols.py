@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sys import intern
 from typing import Final
 
-from loader_svc.checks.exports import Exporter, Exporters
+from loader_svc.checks.exports import Exporter, Exporters, Nobody
 from loader_svc.checks.versions import Versions
 from loader_svc.image import ElfImage, ImageTooLarge
 from loader_svc.image.modinfo import text
@@ -91,7 +91,7 @@ class Resolution:
 class Resolver:
     """Resolves the imports of one module as far as its file tells."""
 
-    __slots__ = ("_identity", "_namespaces", "_proprietary", "_versions", "_wants")
+    __slots__ = ("_failure", "_identity", "_namespaces", "_proprietary", "_versions", "_wants", "foreign")
 
     def __init__(
         self,
@@ -107,14 +107,20 @@ class Resolver:
         self._versions = versions
         self._namespaces = frozenset(namespaces)
         self._proprietary = proprietary
-        # A kernel that is not known by its symbols resolves every one of them.
-        self._wants = wants if identity.symbols is not None else tuple(w for w in wants if isinstance(w, Failure))
+        self._wants = wants
+        own = identity.symbols or {}
+        self.foreign = tuple(want.name for want in wants if isinstance(want, Want) and want.name not in own)
+        """What it wants that the kernel is not known to export."""
+
+        self._failure = next((want for want in reversed(wants) if isinstance(want, Failure)), None)
 
     def resolve(self, others: Exporters, *, given_up: frozenset[str] = frozenset()) -> Resolution:
         """Resolve against the kernel and the modules ``others``.
 
         ``awaits`` names the first module to wait for that is not in ``given_up``.
         """
+        if self._identity.symbols is None:
+            return self._resolve_with_unknown_kernel(others, given_up)
         failure: Failure | None = None
         uses: dict[str, None] = {}
         proprietary = self._proprietary
@@ -145,6 +151,30 @@ class Resolver:
                 failure = problem
             elif found.owner:
                 uses[found.owner] = None
+        return Resolution(failure, tuple(uses), proprietary)
+
+    def _resolve_with_unknown_kernel(self, others: Exporters, given_up: frozenset[str]) -> Resolution:
+        """Resolve where the kernel's own symbols are not known.
+
+        What no module in the list exports, the kernel is taken to, and nothing is held against what one exports; but it
+        is used from then on, and its init function has to end first.
+        """
+        if isinstance(others, Nobody):
+            return Resolution(self._failure, (), self._proprietary)
+        failure = self._failure
+        uses: dict[str, None] = {}
+        proprietary = self._proprietary
+        for name in self.foreign:
+            found = others.find(name)
+            if found is None:
+                continue
+            if not found.is_initialising:
+                uses[found.owner] = None
+                proprietary = proprietary or found.is_proprietary
+            elif found.owner not in given_up:
+                return Resolution(awaits=found.owner)
+            else:
+                failure = Failure("EBUSY", "symbols: owner", f"{name} of {found.owner}")
         return Resolution(failure, tuple(uses), proprietary)
 
     def _find(self, name: str, others: Exporters) -> Exporter | None:

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from loader_svc.image.buffers import Buffer, byte_view
 from loader_svc.image.errors import ImageError, quoted
 from loader_svc.image.modinfo import UNTERMINATED_BYTES, Modinfo, Parameter, text
+from loader_svc.image.param_limits import parameter_limits
 from loader_svc.image.symbols import Export, Import, SymbolTable, read_exports, read_versions
 
 ET_REL: Final = 1
@@ -184,10 +185,14 @@ class ElfImage:
         """The symbol namespaces the module imports."""
         return self.modinfo.all("import_ns")
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The parameters that modinfo declares."""
-        return self.modinfo.parameters
+        """The parameters that modinfo declares, with the limits of arrays and strings as far as `__param` tells."""
+        parameters = self.modinfo.parameters
+        if not any(parameter.is_limited for parameter in parameters):
+            return parameters
+        limits = parameter_limits(self)
+        return tuple(p._replace(most=limits.get(p.name)) if p.is_limited else p for p in parameters)
 
     # Symbols
 

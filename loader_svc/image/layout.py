@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from loader_svc.image.elf import SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHT_NOBITS, ElfImage
 from loader_svc.image.errors import ImageError, quoted
 from loader_svc.image.symbols import SYMBOL_BYTES
+from modpressure.kernel.system_memory import MODULE_AREA_BYTES
 
 SHF_RO_AFTER_INIT: Final = 0x00200000
 MOD_KALLSYMS_BYTES: Final = 32
@@ -89,9 +90,9 @@ class Layout:
 def plan_layout(elf: ElfImage, config: LayoutConfig = DEBIAN) -> Layout:
     """Compute the layout of an image.
 
-    Raises ImageError: ENOEXEC, check `wx`, for a section that is writable and executable. Two more stand for what a
-    kernel would not survive and no compiler produces: ENOMEM, check `layout: size`, for areas beyond what 32 bits can
-    hold, and ENOEXEC, check `layout: source`, for a section to copy that is not in the image.
+    Raises ImageError: ENOEXEC, check `wx`, for a section that is writable and executable; ENOMEM, check `layout: size`,
+    for areas that an empty module area could not hold. One more stands for what a kernel would not survive and no
+    compiler produces: ENOEXEC, check `layout: source`, for a section to copy that is not in the image.
     """
     if config.strict_rwx:
         _refuse_writable_code(elf)
@@ -200,9 +201,11 @@ def _core_symbols(
 
 
 def _refuse_oversize(rounded: tuple[int, ...]) -> None:
+    left = MODULE_AREA_BYTES
     for memory_type, size in zip(_TYPES, rounded, strict=True):
-        if size > _U32:
-            raise ImageError("ENOMEM", "layout: size", size, f"{memory_type.name} does not fit into 32 bits")
+        left -= size
+        if left < 0:
+            raise ImageError("ENOMEM", "layout: size", size, f"no room for {memory_type.name} in the module area")
 
 
 def _placements(

@@ -6,12 +6,23 @@ UNTERMINATED_BYTES: Final = 4096
 """How far the last string may run past its section when nothing ends it (the kernel's own reading has no bound)."""
 
 
+ARRAY_PREFIX: Final = "array of "
+"""What the type of an array begins with; the type of its elements follows."""
+
+
 class Parameter(NamedTuple):
     """One parameter a module declares; either text may be empty."""
 
     name: str
     type: str
     description: str
+    most: int | None = None
+    """How many elements an array takes, or bytes, its NUL included, a string; None for all else, or if unknown."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the module says how much of it there may be."""
+        return self.type == "string" or self.type.startswith(ARRAY_PREFIX)
 
 
 def text(raw: bytes) -> str:

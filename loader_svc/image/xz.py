@@ -1,6 +1,7 @@
 """xz files: the .xz file format 1.2, and what the kernel accepts of it (lib/xz/xz_dec_stream.c, Linux 6.12)."""
 
 import lzma
+import zlib
 from collections.abc import Generator, Iterator
 from typing import Final
 
@@ -25,11 +26,13 @@ def kernel_decompress(view: memoryview, limit_bytes: int | None) -> Iterator[byt
     """Yield what a kernel unpacks: the first stream, which must be whole and right and use what the kernel knows."""
     check_magic(view, MAGIC, "xz")
     _refuse_kernel_options(view)
+    _refuse_oversize(view, limit_bytes)
     yield from _stream(view, 0, limit_bytes)
 
 
 def user_decompress(view: memoryview, limit_bytes: int | None) -> Iterator[bytes]:
     """Yield the streams one after the other; zeros, a multiple of four, may stand between and after them."""
+    _refuse_oversize(view, limit_bytes)
     start = 0
     while True:
         check_magic(view[start:], MAGIC, "xz")
@@ -81,6 +84,12 @@ def _decoder_bytes(view: memoryview, limit_bytes: int | None) -> int | None:
     return allowed + (1 << 20)
 
 
+def _refuse_oversize(view: memoryview, limit_bytes: int | None) -> None:
+    """Refuse at once what says of itself that it exceeds the limit: xz is too slow to decode up to it for nothing."""
+    if limit_bytes is not None and (declared_bytes(view) or 0) > limit_bytes:
+        raise ImageTooLarge("the decompressed image", limit_bytes)
+
+
 def _refuse_kernel_options(view: memoryview) -> None:
     check = view[7] if len(view) > 7 else 0
     if check > _CHECK_CRC32:
@@ -108,7 +117,10 @@ def _index(view: memoryview) -> list[tuple[int, int]] | None:
     start = len(view) - _FOOTER_BYTES - index_bytes
     if start < _HEADER_BYTES or view[start] != 0:
         return None
-    index = bytes(view[start + 1 : len(view) - _FOOTER_BYTES - 4])
+    index = bytes(view[start : len(view) - _FOOTER_BYTES])
+    if zlib.crc32(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        return None
+    index = index[1:-4]
     count, at = _vli(index, 0)
     if count is None or count > len(index) // 2:
         return None

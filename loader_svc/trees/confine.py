@@ -70,7 +70,13 @@ class Opener:
                 pass  # Whatever has become of it, the long way finds out and says.
         fd = open_inside(self._root, path)
         if kept is None and len(self._kept) < MAX_KEPT_DIRECTORIES:
-            self._keep(directory)
+            try:
+                self._keep(directory)
+            except OSError:
+                pass  # No descriptor is left to keep one open; the file is, and that was asked for.
+            except BaseException:
+                os.close(fd)
+                raise
         return fd
 
     def _keep(self, directory: str) -> None:

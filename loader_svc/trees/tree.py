@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +120,11 @@ class ModuleTree:
     def exporter(self, symbol: str) -> str | None:
         """Return the name of the module that exports a symbol, None if none of the tree does."""
         return self._exporters.get(symbol)
+
+    @property
+    def exports(self) -> Container[str]:
+        """All symbols that modules of the tree export."""
+        return self._exporters.keys()
 
     @cached_property
     def _exporters(self) -> dict[str, str]:

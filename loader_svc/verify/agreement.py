@@ -84,6 +84,20 @@ def number(row: Row, column: str) -> int:
         raise BadRequest(f"column {column}: {row[column]!r} is not a whole number", field=column) from None
 
 
+MAX_WORKERS: Final = 10_000
+"""Most workers that are simulated, as for storms on real loaders."""
+
+MAX_CPUS: Final = 4096
+
+
+def bounded(row: Row, column: str, most: int) -> int:
+    """Return a whole number of a row that has to be from 1 to ``most``. BadRequest names the value that is not."""
+    value = number(row, column)
+    if not 1 <= value <= most:
+        raise BadRequest(f"column {column}: {value} is not between 1 and {most}", field=column)
+    return value
+
+
 def errno_number(name: str) -> int:
     """Return the number of an errno by its name, 0 for none."""
     return int(getattr(errnos, name)) if name else 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from loader_svc.init_results import InitResults
-from loader_svc.local import LocalMachine
 from loader_svc.verify.agreement import (
     Agreement,
     Row,
@@ -21,7 +20,8 @@ from loader_svc.verify.agreement import (
 from loader_svc.verify.files import Files
 from loader_svc.verify.kernels import identity_of, policy_of
 from loader_svc.verify.script import WITHOUT_CALL, Line, ScriptRunner, read_script
-from modpressure.errors import BadRequest
+from loader_svc.virtual.machine import VirtualMachine
+from modpressure.errors import BadRequest, OverLimit
 from modpressure.kernel.identity import KernelIdentity
 
 COLUMNS: Final = ("kernel", "case", "op", "path", "errno")
@@ -49,7 +49,7 @@ def verify_failures(
             for row in rows:
                 if row["kernel"] == kernel:
                     measured.setdefault(_key_of_row(row), []).append(row)
-            machine = LocalMachine(identity_of(kernel, identity), init_results=init_results)
+            machine = VirtualMachine(identity_of(kernel, identity), init_results=init_results)
             runner = ScriptRunner(machine, policy_of(kernel), files)
             for line in lines:
                 pending = measured.get(_key_of_line(line))
@@ -70,8 +70,16 @@ def _key_of_row(row: Row) -> Key:
 
 def _run_line(agreement: Agreement, kernel: str, runner: ScriptRunner, line: Line, row: Row | None) -> None:
     before = replace(runner.machine.counters)
-    errno = runner.run(line)
     where = f"{kernel} {line.case}"
+    try:
+        errno = runner.run(line)
+    except OverLimit as error:
+        # Too large to be taken on here: the rest of the script can be run all the same.
+        if row is not None:
+            agreement.add(where, [str(error)])
+        else:
+            agreement.notes.append(f"{where}: {error}")
+        return
     if errno is None:
         if row is not None:
             agreement.add(where, [f"not run, there is no file {line.file}"])

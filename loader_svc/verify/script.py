@@ -1,8 +1,8 @@
 """Scripts of calls: ``case operation file [flags] [parameters]``, one a line, and how a line becomes a call.
 
 ``finit`` opens the file read-only and calls finit_module with flags and parameters; ``init`` reads it into memory and
-calls init_module; ``del`` unloads by name; ``stats`` and ``procmod`` keep a copy of a text and change nothing; the case
-``disable`` (or the operation ``modules_disabled``) switches loading off. What follows an underscore says what is wrong
+calls init_module; ``del`` unloads by name; ``stats`` and ``procmod`` keep a copy of a text and change nothing;
+``modules_disabled`` (or ``disable``) switches loading and unloading off. What follows an underscore says what is wrong
 with the call.
 """
 
@@ -14,17 +14,19 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from loader_svc.local import LocalCall, LocalMachine
 from loader_svc.steps import Caller, CallSpec
 from loader_svc.verify.agreement import read_text
 from loader_svc.verify.files import Files, open_directory, open_pipe
+from loader_svc.virtual.machine import VirtualCall, VirtualFile, VirtualMachine
 from modpressure.errors import BadRequest
 from modpressure.kernel.outcome import Syscall
 from modpressure.kernel.policy import Policy
 
 HUGE_BYTES: Final = 1 << 40
 
-WITHOUT_CALL: Final = frozenset({"stats", "procmod", "modules_disabled"})
+_DISABLING: Final = frozenset({"disable", "modules_disabled"})
+
+WITHOUT_CALL: Final = frozenset({"stats", "procmod"}) | _DISABLING
 
 _FINIT: Final[dict[str, Caller]] = {
     "": Caller(),
@@ -94,7 +96,7 @@ def _lines(path: Path, text: str) -> Iterator[Line]:
 class ScriptRunner:
     """Makes the calls of a script on one machine, one after the other."""
 
-    def __init__(self, machine: LocalMachine, policy: Policy, files: Files) -> None:
+    def __init__(self, machine: VirtualMachine, policy: Policy, files: Files) -> None:
         self.machine = machine
         self._policy = policy
         self._files = files
@@ -106,14 +108,14 @@ class ScriptRunner:
         BadRequest for an operation that there is not.
         """
         if line.operation in WITHOUT_CALL:
-            self._is_disabled = self._is_disabled or "modules_disabled" in (line.operation, line.file)
+            self._is_disabled = self._is_disabled or line.operation in _DISABLING
             return ""
         if line.operation == "del":
-            return self.machine.remove(line.file)
+            return "EPERM" if self._is_disabled else self.machine.remove(line.file)
         call = self.call(line)
         return None if call is None else self.machine.call(call).errno
 
-    def call(self, line: Line, *, parameters: str | None = None) -> LocalCall | None:
+    def call(self, line: Line, *, parameters: str | None = None) -> VirtualCall | None:
         """Return the call that a line means, None if its file is not at hand."""
         operation, _, variant = line.operation.partition("_")
         caller = _CALLERS.get(operation, {}).get(variant)
@@ -139,4 +141,4 @@ class ScriptRunner:
             line.parameters if parameters is None else parameters,
             caller,
         )
-        return LocalCall(spec, path, opener)
+        return VirtualCall(spec, VirtualFile(path, opener))

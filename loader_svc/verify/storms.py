@@ -2,26 +2,36 @@
 
 Of each row: the calls and their results, the sizes, the bytes as the rule has them, the peak of memory by the law
 ``N * pages(file) + (late duplicates + 1) * layout``, within 5 % and 1 MiB, in the measurement and in the simulation
-alike. Of each group of repetitions: how many duplicates were found late, within a factor. Rows of a chain of modules,
-of which not all are at hand, are held against their own arithmetic.
+alike. Of each group of repetitions: whether as many duplicates were found late as in the simulation, whose runs differ
+from each other as real ones do (``crowd.Pace``). Rows of a chain of modules, of which not all are at hand, are held
+against their own arithmetic.
+
+The law takes it that all workers meet. Where a module loads faster than workers are released they do not, and the law
+is the most that can be held; how much less that may be, the simulation tells. And a measured peak has what the workers
+themselves take of the vmalloc area, their kernel stacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Final
 
+from loader_svc.init_results import InitResults
 from loader_svc.memory import page_round
 from loader_svc.plan import Plan
-from loader_svc.verify.agreement import Agreement, Row, number, read_table
+from loader_svc.verify.agreement import MAX_CPUS, MAX_WORKERS, Agreement, Row, bounded, number, read_table
+from loader_svc.verify.chains import chain_differences
 from loader_svc.verify.crowd import Crowd, Target, Targets
 from loader_svc.verify.files import Files
 from loader_svc.verify.kernels import identity_of, policy_of
+from loader_svc.verify.ranks import rank_chance
+from loader_svc.verify.sharing import shared_differences
 from modpressure.kernel.counters import Counters
 from modpressure.kernel.identity import KernelIdentity
+from modpressure.kernel.outcome import Outcome
 
 COLUMNS: Final = (
     *("kernel", "module", "compressed", "N", "smp", "rep", "modcount", "failed_becoming", "failed_load"),
@@ -32,12 +42,18 @@ COLUMNS: Final = (
 
 PEAK_SHARE: Final = 0.05
 PEAK_BYTES: Final = 1 << 20
-SPLIT_FACTOR: Final = 3.0
-SPLIT_CALLS: Final = 2.0
-SPLIT_SHARE: Final = 0.05
-"""A mean of late duplicates agrees with another one within this factor, this many calls and this share of all."""
+KERNEL_STACK_BYTES: Final = 16 << 10
+"""A worker's kernel stack, which VmallocUsed counts (THREAD_SIZE, arch/x86/include/asm/page_64_types.h, Linux 6.12)."""
+
+RUNS: Final = 48
+"""How often a storm with a race in it is simulated."""
+
+SPLIT_CHANCE: Final = 1e-4
+"""Repetitions whose late duplicates would be found as far off by less than this chance are of another race."""
 
 Group = tuple[str, str, str, int, str, int]
+
+_RESULTS: Final = {"ok": "", "eexist": "EEXIST", "ebusy": "EBUSY"}
 
 
 @dataclass(slots=True)
@@ -45,36 +61,75 @@ class _Simulated:
     counters: Counters
     errnos: dict[str, int]
     peak_bytes: int
+    met: int
+    """How many met: the one that loaded the module, and who waited for it."""
+    met_late: int
+    """How many of those who waited did so with a layout of their own."""
 
 
-def verify_storms(table: Path, directories: Sequence[Path], identity: KernelIdentity) -> Agreement:
+@dataclass(slots=True)
+class _Storm:
+    """A group of repetitions: what the workers load, and simulations of it."""
+
+    plan: Plan
+    workers: int
+    is_shared: bool
+    """Whether calls in flight share results: no race then, and one loader's worth of memory."""
+    runs: list[_Simulated]
+
+    def law_bytes(self, readers: int, late: int) -> int:
+        """Return what so many readers hold, so many of them late, besides the one that loads it."""
+        return readers * page_round(self.plan.version.size_bytes) + (late + 1) * self.plan.layout_bytes
+
+    @property
+    def readers(self) -> int:
+        """How many hold the file if all workers meet."""
+        return 1 if self.is_shared else self.workers
+
+    @property
+    def least_share(self) -> float:
+        """The smallest part of what the law says that a simulated run came to."""
+        return min(run.peak_bytes / self.law_bytes(self.readers, _late(run)) for run in self.runs)
+
+
+def verify_storms(
+    table: Path, directories: Sequence[Path], identity: KernelIdentity, init_results: InitResults | None = None
+) -> Agreement:
     """Repeat every storm of a table in virtual time and compare. NotFound, BadRequest."""
     rows = read_table(table, COLUMNS)
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        if number(row, "files_per_worker") <= 1:
+            groups.setdefault(_group(row), []).append(row)
     agreement = Agreement()
     with Files(directories) as files:
-        targets: dict[str, Targets] = {}
-        late: dict[Group, tuple[list[int], list[int]]] = {}
-        for row in rows:
-            kernel = row["kernel"]
-            if kernel not in targets:
-                targets[kernel] = Targets(files, identity_of(kernel, identity))
-            if number(row, "files_per_worker") > 1:
-                agreement.add(_where(row), _chain_differences(row, rows))
-                continue
-            target = targets[kernel].find(row["module"], suffix=_suffix(row, identity_of(kernel, identity)))
-            if target is None:
-                agreement.add(_where(row), [f"not run, there is no file of {row['module']} or of what it needs"])
-                continue
-            plan = targets[kernel].plan(target)
-            simulated = _simulate(row, target, targets[kernel], identity_of(kernel, identity))
-            agreement.add(_where(row), _differences(row, plan, simulated))
-            measured_late, simulated_late = late.setdefault(_group(row), ([], []))
-            measured_late.append(number(row, "failed_load"))
-            simulated_late.append(simulated.counters.failed_load_modules)
-    for group, (measured_late, simulated_late) in late.items():
-        where = f"{' '.join(map(str, group[:2]))} N={group[3]}{' packed' * (group[2] != '0')}: late duplicates"
-        agreement.add(where, _split_differences(measured_late, simulated_late, workers=group[3]))
+        for group, repetitions in groups.items():
+            kernel = identity_of(group[0], identity)
+            storm = _simulate_all(repetitions, Targets(files, kernel, init_results or InitResults()), kernel)
+            for place, row in enumerate(repetitions):
+                if storm is None:
+                    agreement.add(_where(row), [f"not run, there is no file of {row['module']} or of what it needs"])
+                else:
+                    agreement.add(_where(row), _differences(row, storm, storm.runs[place % len(storm.runs)]))
+            if storm is not None:
+                where = _where(repetitions[0]).rpartition(" repetition")[0]
+                agreement.add(f"{where}: late duplicates", _split_differences(repetitions, storm))
+    for row in rows:
+        if number(row, "files_per_worker") > 1:
+            agreement.add(_where(row), chain_differences(row, rows))
     return agreement
+
+
+def _simulate_all(repetitions: Sequence[Row], targets: Targets, identity: KernelIdentity) -> _Storm | None:
+    """Simulate a storm, as often as it has to be; None if its files are not at hand."""
+    row = repetitions[0]
+    target = targets.find(row["module"], suffix=_suffix(row, identity))
+    if target is None:
+        return None
+    is_shared = policy_of(row["kernel"]).share_in_flight and row["separate_copies"] == "0"
+    count = len(repetitions) if is_shared else RUNS
+    runs = [_simulate(row, target, targets, identity, seed) for seed in range(count)]
+    return _Storm(targets.plan(target), number(row, "N"), is_shared, runs)
 
 
 def _group(row: Row) -> Group:
@@ -82,9 +137,9 @@ def _group(row: Row) -> Group:
         row["kernel"],
         row["module"],
         row["compressed"],
-        number(row, "N"),
+        bounded(row, "N", MAX_WORKERS),
         row["separate_copies"],
-        number(row, "smp"),
+        bounded(row, "smp", MAX_CPUS),
     )
 
 
@@ -99,25 +154,34 @@ def _suffix(row: Row, identity: KernelIdentity) -> str:
     return {"gzip": ".gz", "xz": ".xz", "zstd": ".zst"}[identity.decompressor_for(None) or "zstd"]
 
 
-def _simulate(row: Row, target: Target, targets: Targets, identity: KernelIdentity) -> _Simulated:
+def _simulate(row: Row, target: Target, targets: Targets, identity: KernelIdentity, seed: int) -> _Simulated:
     crowd = Crowd(
+        targets,
         identity,
         policy_of(row["kernel"]),
-        targets.plans,
         cpus=number(row, "smp"),
-        seed=number(row, "rep") * 1009 + number(row, "N"),
+        seed=seed * 1009 + number(row, "N"),
         separate_copies=row["separate_copies"] != "0",
     )
     crowd.prepare(target)
-    held_bytes = crowd.machine.held_bytes
+    held_bytes = crowd.machine.areas.held_bytes
     crowd.release(target, number(row, "N"))
     crowd.machine.run()
-    return _Simulated(crowd.machine.counters, dict(crowd.errnos), crowd.machine.peak_bytes - held_bytes)
+    return _Simulated(
+        crowd.machine.counters,
+        dict(crowd.errnos),
+        crowd.machine.areas.peak_bytes - held_bytes,
+        met=1 + crowd.waited.total(),
+        met_late=crowd.waited[Outcome.LOAD],
+    )
 
 
-def _differences(row: Row, plan: Plan, simulated: _Simulated) -> list[str]:
-    counters, workers = simulated.counters, number(row, "N")
-    is_shared = policy_of(row["kernel"]).share_in_flight and row["separate_copies"] == "0"
+def _late(run: _Simulated) -> int:
+    return run.counters.failed_load_modules
+
+
+def _differences(row: Row, storm: _Storm, simulated: _Simulated) -> list[str]:
+    counters, plan = simulated.counters, storm.plan
     differing = _unequal(
         row,
         ("modcount", counters.modcount),
@@ -126,13 +190,17 @@ def _differences(row: Row, plan: Plan, simulated: _Simulated) -> list[str]:
         ("failed_kreads", counters.failed_kreads),
         ("failed_decompress", counters.failed_decompress),
     )
-    if is_shared and number(row, "eexist"):
-        differing += _straggler_differences(row, workers)
+    results = _results(simulated.errnos)
+    duplicates = (counters.failed_becoming, counters.failed_load_modules)
+    measured = {column: number(row, column) for column in results}
+    measured_duplicates = (number(row, "failed_becoming"), number(row, "failed_load"))
+    if storm.is_shared:
+        # One call works and all others take its result: nothing is left to chance but who comes too late for that.
+        differing += shared_differences("measured", measured, measured_duplicates, storm.workers)
+        differing += shared_differences("simulated", results, duplicates, storm.workers)
     else:
-        differing += _result_differences(row, simulated, workers)
-    if is_shared:
-        # One call works and all others take its result: nothing is left to chance.
-        differing += _unlike("simulated results that are not shared", 0, workers - simulated.errnos.get("", 0))
+        differing += _unequal(row, *results.items())
+        differing += _unlike("duplicates", sum(measured_duplicates), sum(duplicates))
     packed_bytes = plan.version.size_bytes if plan.is_packed else 0
     early_bytes, late_bytes = plan.image_bytes + packed_bytes, 2 * plan.image_bytes + packed_bytes
     differing += _rule(row, "failed_becoming", "invalid_becoming_bytes", early_bytes)
@@ -141,35 +209,27 @@ def _differences(row: Row, plan: Plan, simulated: _Simulated) -> list[str]:
     differing += _unlike("bytes of early duplicates, by the rule", becoming_bytes, counters.invalid_becoming_bytes)
     differing += _unlike("bytes of late duplicates, by the rule", mod_bytes, counters.invalid_mod_bytes)
     if not plan.is_packed:
-        readers = 1 if is_shared else workers
-        peak_bytes = (number(row, "vmallocused_peak_kb") - number(row, "vmallocused_before_kb")) * 1024
-        differing += _peak("measured", peak_bytes, plan, readers, number(row, "failed_load"))
-        differing += _peak("simulated", simulated.peak_bytes, plan, readers, counters.failed_load_modules)
+        differing += _peak_differences(row, storm, simulated)
     return differing
 
 
-def _result_differences(row: Row, simulated: _Simulated, workers: int) -> list[str]:
-    """Compare the results of the calls, and how many were duplicates."""
-    known = {"ok": "", "eexist": "EEXIST", "ebusy": "EBUSY"}
-    results = {column: simulated.errnos.get(errno, 0) for column, errno in known.items()}
-    results["other"] = workers - sum(results.values())
-    counters = simulated.counters
-    duplicates = counters.failed_becoming + counters.failed_load_modules
+def _peak_differences(row: Row, storm: _Storm, simulated: _Simulated) -> list[str]:
+    measured_bytes = (number(row, "vmallocused_peak_kb") - number(row, "vmallocused_before_kb")) * 1024
+    law_bytes = storm.law_bytes(storm.readers, number(row, "failed_load"))
+    with_stacks_bytes = law_bytes + storm.workers * KERNEL_STACK_BYTES
+    late = _late(simulated)
+    fewest_bytes, most_bytes = storm.law_bytes(simulated.met, simulated.met_late), storm.law_bytes(storm.readers, late)
     return [
-        *_unequal(row, *results.items()),
-        *_unlike("duplicates", number(row, "failed_becoming") + number(row, "failed_load"), duplicates),
+        *_peak("measured", measured_bytes, int(storm.least_share * law_bytes), with_stacks_bytes),
+        *_peak("simulated", simulated.peak_bytes, min(fewest_bytes, most_bytes), most_bytes),
     ]
 
 
-def _straggler_differences(row: Row, workers: int) -> list[str]:
-    """Hold a row against itself where some call came after the one that all others shared had ended.
-
-    A straggler finds the module live; others that come while it works share its EEXIST without being counted.
-    """
-    ok, eexist, becoming = number(row, "ok"), number(row, "eexist"), number(row, "failed_becoming")
-    if ok + eexist == workers and 0 < becoming <= eexist and not number(row, "failed_load"):
-        return []
-    return [f"{ok} and {eexist} results of {workers} calls, {becoming} and {row['failed_load']} duplicates"]
+def _results(errnos: Mapping[str, int]) -> dict[str, int]:
+    """Return how many calls ended how, in the words of the table's columns."""
+    results = {column: errnos.get(errno, 0) for column, errno in _RESULTS.items()}
+    results["other"] = sum(errnos.values()) - sum(results.values())
+    return results
 
 
 def _unequal(row: Row, *pairs: tuple[str, int]) -> list[str]:
@@ -187,57 +247,21 @@ def _rule(row: Row, count: str, size: str, each_bytes: int) -> list[str]:
     return [] if measured == expected else [f"{size} measured {measured}, by the rule {expected}"]
 
 
-def _peak(which: str, peak_bytes: int, plan: Plan, readers: int, late: int) -> list[str]:
-    law_bytes = readers * page_round(plan.version.size_bytes) + (late + 1) * plan.layout_bytes
-    if abs(peak_bytes - law_bytes) <= PEAK_SHARE * law_bytes + PEAK_BYTES:
+def _peak(which: str, peak_bytes: int, least_bytes: int, most_bytes: int) -> list[str]:
+    """Say if a peak is beyond bounds by more than it may; the bounds are one where all workers meet."""
+    short = peak_bytes < least_bytes * (1 - PEAK_SHARE) - PEAK_BYTES
+    if not short and peak_bytes <= most_bytes * (1 + PEAK_SHARE) + PEAK_BYTES:
         return []
-    return [f"{which} peak {peak_bytes} bytes, by the law {law_bytes}"]
+    return [f"{which} peak {peak_bytes} bytes, by the law {least_bytes if short else most_bytes}"]
 
 
-def _split_differences(measured: Iterable[int], simulated: Iterable[int], *, workers: int) -> list[str]:
-    a, b = fmean(measured), fmean(simulated)
-    if max(a, b) <= SPLIT_FACTOR * min(a, b) + SPLIT_CALLS + SPLIT_SHARE * workers:
+def _split_differences(repetitions: Sequence[Row], storm: _Storm) -> list[str]:
+    """Compare how many duplicates were late in some repetitions with how many are in simulated runs."""
+    measured = [number(row, "failed_load") for row in repetitions]
+    simulated = [_late(run) for run in storm.runs]
+    chance = rank_chance(measured, simulated)
+    if chance >= SPLIT_CHANCE:
         return []
-    return [f"measured {a:.1f} on average, simulated {b:.1f}"]
-
-
-def _chain_differences(row: Row, rows: Sequence[Row]) -> list[str]:
-    """Hold a row of a chain of modules against its arithmetic and that of the other rows of its kind."""
-    workers, modules = number(row, "N"), number(row, "files_per_worker")
-    calls = sum(number(row, column) for column in ("ok", "eexist", "ebusy", "other"))
-    becoming, late = number(row, "failed_becoming"), number(row, "failed_load")
-    differing = []
-    if calls != workers * modules:
-        differing.append(f"{calls} results of {workers * modules} calls")
-    if number(row, "modcount") != modules:
-        differing.append(f"modcount {row['modcount']} of {modules} modules")
-    differing += [
-        f"{column} {row[column]} is not that of the other rows"
-        for column in ("total_mod_size", "total_text_size")
-        if any(row[column] != other[column] for other in rows if other["module"] == row["module"])
-    ]
-    early_bytes, late_bytes = number(row, "invalid_becoming_bytes"), number(row, "invalid_mod_bytes")
-    if bool(becoming) != bool(early_bytes) or bool(late) != bool(late_bytes) or late_bytes % 2:
-        differing.append(f"bytes {early_bytes} and {late_bytes} of {becoming} and {late} duplicates")
-    if _is_unshared(row):
-        # Every worker but one is a duplicate at every module, so all lengths are in there N - 1 times.
-        if becoming + late != calls - number(row, "ok") or number(row, "ok") != modules:
-            differing.append(f"{becoming + late} duplicates, {calls - number(row, 'ok')} failures")
-        others = {_chain_bytes(other) for other in rows if other["module"] == row["module"] and _is_unshared(other)}
-        if len(others - {None}) > 1:
-            differing.append(f"the files' lengths come to {_chain_bytes(row)} bytes, elsewhere to other ones")
-    elif becoming + late > calls - number(row, "ok"):
-        differing.append(f"{becoming + late} duplicates counted, {calls - number(row, 'ok')} calls failed")
-    return differing
-
-
-def _is_unshared(row: Row) -> bool:
-    return not policy_of(row["kernel"]).share_in_flight or row["separate_copies"] != "0"
-
-
-def _chain_bytes(row: Row) -> float | None:
-    """Return the sum of the lengths of a chain's files by what a row says was wasted; None where that was nothing."""
-    workers = number(row, "N")
-    if workers < 2:
-        return None
-    return (number(row, "invalid_becoming_bytes") + number(row, "invalid_mod_bytes") / 2) / (workers - 1)
+    counts = ", ".join(map(str, sorted(measured)))
+    least, middle, most = min(simulated), median(simulated), max(simulated)
+    return [f"measured {counts}; simulated {least} to {most}, half of them below {middle:g}; chance {chance:.1e}"]

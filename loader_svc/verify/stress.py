@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from loader_svc.init_results import InitResults
 from loader_svc.plan import Plan
-from loader_svc.verify.agreement import DELTA_COLUMNS, Agreement, Row, number, read_table
+from loader_svc.verify.agreement import DELTA_COLUMNS, MAX_WORKERS, Agreement, Row, bounded, number, read_table
 from loader_svc.verify.crowd import Crowd, Repeater, Target, Targets
 from loader_svc.verify.files import Files
 from loader_svc.verify.kernels import identity_of, policy_of
+from loader_svc.verify.sharing import shared_differences
 from modpressure.kernel.identity import KernelIdentity
 
 COLUMNS: Final = ("kernel", "case", "path", "workers", "no_unload", "ok", "eexist", "ebusy", "other", *DELTA_COLUMNS)
@@ -25,14 +27,17 @@ TURNS: Final = 2
 """How often each worker of the simulation loads; invariants do not need more."""
 
 
-def verify_stress(table: Path, directories: Sequence[Path], identity: KernelIdentity) -> Agreement:
+def verify_stress(
+    table: Path, directories: Sequence[Path], identity: KernelIdentity, init_results: InitResults | None = None
+) -> Agreement:
     """Repeat every run of a table in virtual time and compare. NotFound, BadRequest."""
     agreement = Agreement()
     with Files(directories) as files:
         for row in read_table(table, COLUMNS):
             where = f"{row['kernel']} {row['case']}"
+            bounded(row, "workers", MAX_WORKERS)
             kernel = identity_of(row["kernel"], identity)
-            targets = Targets(files, kernel)
+            targets = Targets(files, kernel, init_results or InitResults())
             target = targets.find(PurePosixPath(row["path"]).name.partition(".")[0])
             if target is None:
                 agreement.add(where, [f"not run, there is no file {row['path']} or of what it needs"])
@@ -42,7 +47,8 @@ def verify_stress(table: Path, directories: Sequence[Path], identity: KernelIden
             simulated = _simulate(row, target, plan, targets, kernel, once=once)
             measured = {column: number(row, column) for column in simulated}
             if once:
-                differing = _total_differences(measured, simulated)
+                is_shared = policy_of(row["kernel"]).share_in_flight
+                differing = _total_differences(measured, simulated, is_shared=is_shared)
             else:
                 differing = [f"measured: {each}" for each in _broken(measured, plan, row)]
             agreement.add(where, differing + [f"simulated: {each}" for each in _broken(simulated, plan, row)])
@@ -52,7 +58,7 @@ def verify_stress(table: Path, directories: Sequence[Path], identity: KernelIden
 def _simulate(
     row: Row, target: Target, plan: Plan, targets: Targets, identity: KernelIdentity, *, once: bool
 ) -> dict[str, int]:
-    crowd = Crowd(identity, policy_of(row["kernel"]), targets.plans, cpus=CPUS, seed=1, separate_copies=False)
+    crowd = Crowd(targets, identity, policy_of(row["kernel"]), cpus=CPUS, seed=1, separate_copies=False)
     crowd.prepare(target)
     if once:
         crowd.release(target, number(row, "workers"))
@@ -67,19 +73,27 @@ def _simulate(
     return result
 
 
-def _total_differences(measured: Mapping[str, int], simulated: Mapping[str, int]) -> list[str]:
+def _total_differences(measured: Mapping[str, int], simulated: Mapping[str, int], *, is_shared: bool) -> list[str]:
+    columns = ["d_modcount", "d_total_mod_size", "d_total_text_size"]
+    if not is_shared:
+        columns += ["ok", "eexist", "ebusy", "other"]
     differing = [
         f"{column} measured {measured[column]}, simulated {simulated[column]}"
-        for column in ("ok", "eexist", "ebusy", "other", "d_modcount", "d_total_mod_size", "d_total_text_size")
+        for column in columns
         if measured[column] != simulated[column]
     ]
-    if _duplicates(measured) != _duplicates(simulated):
-        differing.append(f"duplicates measured {_duplicates(measured)}, simulated {_duplicates(simulated)}")
+    if is_shared:
+        for which, values in (("measured", measured), ("simulated", simulated)):
+            calls = sum(values[column] for column in ("ok", "eexist", "ebusy", "other"))
+            differing += shared_differences(which, values, _found(values), calls)
+    elif sum(_found(measured)) != sum(_found(simulated)):
+        differing.append(f"duplicates measured {sum(_found(measured))}, simulated {sum(_found(simulated))}")
     return differing
 
 
-def _duplicates(values: Mapping[str, int]) -> int:
-    return values["d_failed_becoming"] + values["d_failed_load_modules"]
+def _found(values: Mapping[str, int]) -> tuple[int, int]:
+    """Return how many duplicates were found early, and late."""
+    return values["d_failed_becoming"], values["d_failed_load_modules"]
 
 
 def _broken(values: Mapping[str, int], plan: Plan, row: Row) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from loader_svc.init_results import InitResults
-from loader_svc.local import LocalCall, LocalMachine
 from loader_svc.verify.agreement import (
     DELTA_COLUMNS,
     Agreement,
@@ -26,6 +25,7 @@ from loader_svc.verify.agreement import (
 from loader_svc.verify.files import Files
 from loader_svc.verify.kernels import identity_of, policy_of
 from loader_svc.verify.script import Line, ScriptRunner, read_script
+from loader_svc.virtual.machine import VirtualCall, VirtualMachine
 from modpressure.errors import BadRequest
 from modpressure.kernel.identity import KernelIdentity
 
@@ -49,7 +49,7 @@ def verify_waits(
     agreement = Agreement()
     with Files(directories) as files:
         for kernel in dict.fromkeys(kernel for kernel, _ in rows):
-            machine = LocalMachine(identity_of(kernel, identity), init_results=init_results)
+            machine = VirtualMachine(identity_of(kernel, identity), init_results=init_results)
             runner = ScriptRunner(machine, policy_of(kernel), files)
             for line in lines:
                 if line.operation == "waittest":
@@ -67,11 +67,16 @@ def _run_pair(agreement: Agreement, kernel: str, runner: ScriptRunner, line: Lin
         signal_ns, parameters = int(signal_ms) * _NS_PER_MS, f"ms={int(init_ms)} ret={int(result)}"
     except ValueError:
         raise BadRequest(f"line {line.number}: a waittest has FILE1 FLAGS FILE2 and four numbers") from None
+    if signal_ns < 0 or int(init_ms) < 0:
+        raise BadRequest(f"line {line.number}: {min(int(signal_ms), int(init_ms))} ms is no time")
     first = runner.call(replace(line, operation="finit", rest=(flags,)), parameters=parameters)
     second = runner.call(replace(line, operation="finit", file=file2, rest=(flags,)), parameters=parameters)
     if first is None or second is None:
+        said = f"not run, there is no file {line.file if first is None else file2}"
         if row is not None:
-            agreement.add(where, [f"not run, there is no file {line.file}"])
+            agreement.add(where, [said])
+        else:
+            agreement.notes.append(f"{where}: {said}")
         return
     machine = runner.machine
     before = replace(machine.counters)
@@ -92,7 +97,7 @@ def _run_pair(agreement: Agreement, kernel: str, runner: ScriptRunner, line: Lin
         agreement.add(where, differing)
 
 
-def _call_differences(row: Row, which: str, call: LocalCall, begun_ns: int) -> list[str]:
+def _call_differences(row: Row, which: str, call: VirtualCall, begun_ns: int) -> list[str]:
     assert call.ending is not None
     differing = errno_difference(f"errno{which}", number(row, f"errno{which}"), errno_number(call.ending.errno))
     simulated_ms = (call.ended_ns - begun_ns) / _NS_PER_MS

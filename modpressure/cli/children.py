@@ -18,7 +18,7 @@ from modpressure.errors import ModpressureError
 _MAX_LINE_BYTES: Final = 1 << 20
 
 STOP_SECONDS: Final = 15.0
-"""How long a child may take to stop: somewhat longer than the services' own grace."""
+"""How long a child may take to stop where nothing else is said."""
 
 
 class ChildDied(ModpressureError):
@@ -72,8 +72,10 @@ def parse_line(line: str) -> dict[str, Any]:
 class Children:
     """Child processes that are started one by one and stopped all together."""
 
-    def __init__(self, on_line: Callable[[Child, str], None]) -> None:
+    def __init__(self, on_line: Callable[[Child, str], None], *, stop_seconds: float = STOP_SECONDS) -> None:
+        """``on_line`` is told every line of every child; each has ``stop_seconds`` to end when it is asked to."""
         self._on_line = on_line
+        self._stop_seconds = stop_seconds
         self._children: dict[Child, asyncio.Task[int]] = {}
         self._hurry = asyncio.Event()
         self._stopping = False
@@ -128,7 +130,7 @@ class Children:
         ended = asyncio.gather(*(self._children[child] for child in group))
         waiting: set[asyncio.Future[Any]] = {hurry, ended}
         try:
-            await asyncio.wait(waiting, timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, timeout=self._stop_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             hurry.cancel()
 

@@ -6,11 +6,21 @@ from typing import Annotated
 
 import typer
 
-from modpressure.cli.output import FORMATS, FormatWord, plain, print_json, print_table, print_text, time_text
+from modpressure.cli.output import (
+    FORMATS,
+    ORIGINS,
+    FormatWord,
+    plain,
+    print_json,
+    print_table,
+    print_text,
+    time_text,
+    word_of,
+)
 from modpressure.cli.session import Session, command
 from modpressure.errors import BadRequest
 from modpressure.units import format_bytes
-from modpressure.v1.stats_service_pb2 import Stats
+from modpressure.v1.stats_service_pb2 import OriginStats, RequesterStats, Stats
 
 _BYTES = frozenset({"total_mod_size", "total_text_size"})
 
@@ -60,12 +70,17 @@ async def stats(session: Session) -> None:
         print_json(plain(counters))
     else:
         print_table(("Counter", ">Value", ""), stats_rows(counters))
+        if counters.origins:
+            print_text("\n")
+            print_table(("Origin", "Requester", ">Calls", ">Failures", ">Wasted"), requester_rows(counters))
 
 
 def stats_rows(counters: Stats) -> list[tuple[str, str, str]]:
     """Return rows of name, value, and the value for people where it is bytes."""
     rows = []
     for field in counters.DESCRIPTOR.fields:
+        if field.name == "origins":
+            continue
         value = getattr(counters, field.name)
         if field.name == "update_time":
             rows.append((field.name, time_text(value), ""))
@@ -74,6 +89,19 @@ def stats_rows(counters: Stats) -> list[tuple[str, str, str]]:
         else:
             rows.append((field.name, str(value), ""))
     return rows
+
+
+def requester_rows(counters: Stats) -> list[tuple[str, ...]]:
+    """Return rows of who asked: each origin as a whole, then its requesters."""
+    rows: list[tuple[str, ...]] = []
+    for origin in counters.origins:
+        rows.append((word_of(ORIGINS, origin.origin), "", *_tally_cells(origin)))
+        rows += [("", one.requester or "(no label)", *_tally_cells(one)) for one in origin.requesters]
+    return rows
+
+
+def _tally_cells(tally: OriginStats | RequesterStats) -> tuple[str, str, str]:
+    return str(tally.calls), str(tally.failures), format_bytes(tally.wasted_bytes)
 
 
 @command("stats", "system", "timeout_seconds")

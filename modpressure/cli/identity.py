@@ -23,7 +23,7 @@ def show(
 ) -> None:
     """Show an identity; without a name, list the built-in ones."""
     if name:
-        _print(load_identity(name), json=json)
+        _print(load_identity(name), json=json, base=name if name in identity_names() else "")
     elif json:
         print_json(identity_names())
     else:
@@ -59,12 +59,13 @@ def make(
         _print(identity, json=json)
 
 
-def _print(identity: KernelIdentity, *, json: bool) -> None:
+def _print(identity: KernelIdentity, *, json: bool, base: str = "") -> None:
+    """Print an identity; ``base`` names the built-in one that it is, so that its text, kept as a file, is whole."""
     count = len(identity.symbols) if identity.symbols is not None else None
     if json:
         fields = {field: getattr(identity, field) for field in identity.__slots__ if field != "symbols"}
         fields["blacklist"] = sorted(identity.blacklist)
         print_json({**fields, "symbols": count})
         return
-    print_text(render_identity(identity))
+    print_text(render_identity(identity, base=base))
     print_text(f"# {'Every import resolves.' if count is None else f'It exports {count} symbols.'}\n")

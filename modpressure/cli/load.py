@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from modpressure.cli.output import (
+    CALL_COLUMNS,
     KMODS,
+    ORIGINS,
     OUTCOMES,
     POLICIES,
     KmodWord,
+    OriginWord,
     PolicyWord,
     duration_text,
     errno_text,
@@ -25,12 +28,8 @@ from modpressure.cli.session import Session, command, whole_number
 from modpressure.errors import BadRequest, ModpressureError
 from modpressure.kernel.outcome import MODULE_INIT_IGNORE_MODVERSIONS, MODULE_INIT_IGNORE_VERMAGIC
 from modpressure.units import format_bytes
-from modpressure.v1.call_pb2 import Call, Origin, Policy
+from modpressure.v1.call_pb2 import Call, Policy
 from modpressure.v1.loader_service_pb2 import Kmod, LoadModuleResponse
-
-_ORIGINS = {"userspace": Origin.ORIGIN_USERSPACE, "autoload": Origin.ORIGIN_AUTOLOAD}
-
-_COLUMNS = ("Module", "Outcome", "Errno", ">File", ">Image", ">Layout", ">Peak held", ">Took", ">Waited")
 
 
 @command("loaders", "system", "timeout_seconds")
@@ -69,9 +68,7 @@ async def load(
     force_modversion: Annotated[
         bool, typer.Option("--force-modversion", help="Let the kernel ignore the symbol versions (flag 1).")
     ] = False,
-    origin: Annotated[
-        Literal["userspace", "autoload"], typer.Option(help="Who asks: a process, or the kernel itself.")
-    ] = "userspace",
+    origin: Annotated[OriginWord, typer.Option(help="Who asks: a process, or the kernel itself.")] = "userspace",
     requester: Annotated[
         str, typer.Option(help="A label for who asks, kept in the event.", show_default=False)
     ] = "modprobe",
@@ -79,6 +76,10 @@ async def load(
         bool,
         typer.Option("--refuse-when-full", help="Fail at once where the loader's memory limit leaves no room."),
     ] = False,
+    request_id: Annotated[
+        str,
+        typer.Option(help="Your id of this request, of one module: asked again within a day it is not done again."),
+    ] = "",
 ) -> int:
     """Load modules, what they depend on first, as modprobe does.
 
@@ -89,9 +90,11 @@ async def load(
       modpressure load xfs
       modpressure load snd_hda_intel kvm_intel --policy v6.5
       modpressure load loop --params "max_loop=16" --no-deps --copy 1
+      modpressure load nvme --request-id boot-17/nvme
     """
     if params and len(modules) > 1:
         raise BadRequest(f"--params {shlex.quote(params)} is for one module, but {len(modules)} are given")
+    _check_request_id(request_id, modules)
     flags = MODULE_INIT_IGNORE_VERMAGIC * force_vermagic | MODULE_INIT_IGNORE_MODVERSIONS * force_modversion
     rows: list[tuple[str, ...]] = []
     documents: list[dict[str, Any]] = []
@@ -109,8 +112,9 @@ async def load(
                     kmod=KMODS[kmod] if kmod else Kmod.KMOD_UNSPECIFIED,
                     flags=flags,
                     copy=copy,
-                    origin=_ORIGINS[origin],
+                    origin=ORIGINS[origin],
                     requester=requester,
+                    request_id=request_id,
                     refuse_when_full=refuse_when_full,
                 )
             except ModpressureError as error:
@@ -125,15 +129,20 @@ async def load(
             if sentence:
                 sentences.append(sentence)
             documents.append({"module": module, **plain(response), "error": sentence if failed else ""})
-            rows += [_row(call) for call in response.dependency_calls]
-            rows += [_row(response.call)] if response.HasField("call") else []
+            rows += [call_row(call) for call in response.dependency_calls]
+            rows += [call_row(response.call)] if response.HasField("call") else []
     if session.json:
         print_json({"loads": documents})
     elif rows:
-        print_table(_COLUMNS, rows)
+        print_table(CALL_COLUMNS, rows)
     for sentence in sentences:
         say(f"modpressure load: {sentence}")
     return code
+
+
+def _check_request_id(request_id: str, modules: list[str]) -> None:
+    if request_id and len(modules) > 1:
+        raise BadRequest(f"--request-id {shlex.quote(request_id)} is for one module, but {len(modules)} are given")
 
 
 def judge(module: str, response: LoadModuleResponse, *, strict: bool) -> tuple[bool, str]:
@@ -162,7 +171,8 @@ def _why(call: Call) -> str:
     return f"{errno_text(call.errno)} ({', '.join(part for part in (stage, where) if part)})"
 
 
-def _row(call: Call) -> tuple[str, ...]:
+def call_row(call: Call) -> tuple[str, ...]:
+    """Return what a table with ``CALL_COLUMNS`` says of a call."""
     return (
         call.module,
         word_of(OUTCOMES, call.outcome),
@@ -180,21 +190,33 @@ def _row(call: Call) -> tuple[str, ...]:
 async def unload(
     session: Session,
     modules: Annotated[list[str], typer.Argument(metavar="MODULE...", help="Names of loaded modules.")],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Unload also what has no exit function (O_TRUNC, rmmod --force); nothing in use."),
+    ] = False,
+    request_id: Annotated[
+        str,
+        typer.Option(help="Your id of this request, of one module: asked again within a day it is not done again."),
+    ] = "",
 ) -> int:
     """Unload modules, in the order given, as rmmod does.
 
-    An errno is printed with its words, and the exit code is 1. All modules are tried.
+    A module that another one uses stays, forced or not (EWOULDBLOCK): unload its users first, which modpressure modules
+    loaded shows. An errno is printed with its words, and the exit code is 1. All modules are tried.
 
     Example:
       modpressure unload xfs libcrc32c
     """
+    _check_request_id(request_id, modules)
     documents: list[dict[str, Any]] = []
     sentences: list[str] = []
     code = 0
     async with session.client() as client:
         for module in modules:
             try:
-                response = await client.unload(module, system=session.settings.system)
+                response = await client.unload(
+                    module, system=session.settings.system, forced=force, request_id=request_id
+                )
             except ModpressureError as error:
                 if len(modules) == 1:
                     raise

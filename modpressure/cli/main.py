@@ -18,7 +18,29 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 
 from modpressure import __version__
-from modpressure.cli import counts, events, identity, load, modules, storm, systems, up, verify
+from modpressure.cli import (
+    backup,
+    boot,
+    calibrate,
+    counts,
+    doctor,
+    events,
+    identity,
+    limit,
+    load,
+    machine,
+    modules,
+    published,
+    replay,
+    request_module,
+    storm,
+    sweep,
+    systems,
+    token,
+    up,
+    verify,
+    whatif,
+)
 from modpressure.cli.output import print_json, print_text
 from modpressure.cli.session import JSON_HELP, help_of
 from modpressure.errors import BadRequest, ModpressureError
@@ -46,20 +68,48 @@ app = typer.Typer(
 )
 
 _RUN: Final = "Run"
+_SIMULATE: Final = "Simulate in virtual time"
 _LOOK: Final = "Look"
 app.command(rich_help_panel=_RUN)(up.up)
 app.command(rich_help_panel=_RUN)(load.load)
 app.command(rich_help_panel=_RUN)(load.unload)
+app.command("request-module", rich_help_panel=_RUN)(request_module.request_module)
 app.command(rich_help_panel=_RUN)(storm.storm)
+app.command(rich_help_panel=_SIMULATE)(boot.boot)
+app.command(rich_help_panel=_SIMULATE)(replay.replay)
+app.command(rich_help_panel=_SIMULATE)(limit.limit)
+app.command(rich_help_panel=_SIMULATE)(sweep.sweep)
+app.command("what-if", rich_help_panel=_SIMULATE)(whatif.what_if)
+app.command(rich_help_panel=_SIMULATE)(calibrate.calibrate)
 app.command(rich_help_panel=_LOOK)(counts.report)
 app.command(rich_help_panel=_LOOK)(counts.stats)
 app.command(rich_help_panel=_LOOK)(counts.duplicates)
 app.command(rich_help_panel=_LOOK)(events.events)
 app.command(rich_help_panel=_LOOK)(events.watch)
+app.command(rich_help_panel=_LOOK)(doctor.doctor)
+app.command(rich_help_panel=_RUN)(backup.backup)
 app.add_typer(modules.app, rich_help_panel=_LOOK)
 app.add_typer(systems.app, rich_help_panel=_RUN)
 app.add_typer(identity.app, rich_help_panel=_LOOK)
+app.add_typer(machine.app, rich_help_panel=_LOOK)
+verify.app.command()(published.published)
 app.add_typer(verify.app, rich_help_panel=_LOOK)
+app.add_typer(token.app, rich_help_panel=_RUN)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print_text(f"modpressure {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def modpressure(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take what stands before the command."""
 
 
 @app.command(rich_help_panel=_LOOK)

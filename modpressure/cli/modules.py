@@ -1,4 +1,4 @@
-"""``modpressure modules``: what a loader's tree has."""
+"""``modpressure modules``: what a loader's tree has, and what is loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from modpressure.settings import LoaderSettings, load_settings
 from modpressure.settings_sources import help_text
 from modpressure.units import format_bytes
 from modpressure.v1.loader_service_pb2 import Layout, Module
+from modpressure.v1.stats_service_pb2 import LoadedModule
 
-app = typer.Typer(name="modules", help="List and describe the modules of a loader's tree.", no_args_is_help=True)
+app = typer.Typer(
+    name="modules", help="List and describe the modules of a loader's tree, and what is loaded.", no_args_is_help=True
+)
 
 ModuleArgument = Annotated[str, typer.Argument(metavar="MODULE", help="Name or alias; - and _ are one.")]
 
@@ -48,6 +51,37 @@ async def list_modules(
         ("Module", ">File", "Path"),
         [
             (module.name, "", "built in") if module.builtin else (module.name, str(module.file_bytes), module.file)
+            for module in modules
+        ],
+    )
+
+
+@app.command()
+@command("stats", "system", "timeout_seconds")
+async def loaded(session: Session) -> None:
+    """List what is loaded or being loaded on a system, newest first, as lsmod does.
+
+    Used is how many references there are to a module: one for each module that uses it, one while its init runs.
+
+    Example:
+      modpressure modules loaded --system web
+    """
+    async with session.client() as client:
+        modules = [module async for module in client.loaded_modules(session.settings.system)]
+    if session.json:
+        print_json({"modules": [plain(module) for module in modules]})
+        return
+    print_table(
+        ("Module", ">Size", ">Used", "By", "State", "Loader"),
+        [
+            (
+                module.module,
+                str(module.core_bytes),
+                str(module.references),
+                ",".join(module.used_by),
+                LoadedModule.State.Name(module.state).removeprefix("STATE_").lower(),
+                module.loader,
+            )
             for module in modules
         ],
     )

@@ -16,13 +16,18 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.table import Table
 
-from modpressure.v1.call_pb2 import Outcome, Policy
+from modpressure.v1.call_pb2 import Origin, Outcome, Policy
 from modpressure.v1.loader_service_pb2 import Kmod, Storm
 from modpressure.v1.stats_service_pb2 import ReportFormat
 
 PolicyWord = Literal["v6.3", "v6.4", "v6.5"]
 KmodWord = Literal["30", "34"]
+
+DEFAULT_MACHINE: Final = "nvme-255"
+"""The bundled machine that is booted where none is said: one with enough CPUs to see what this is about."""
+
 ModeWord = Literal["repeat", "once"]
+OriginWord = Literal["userspace", "autoload"]
 FormatWord = Literal["rfc", "rfc-as-posted", "mainline"]
 
 POLICIES: Final[dict[PolicyWord, Policy.ValueType]] = {
@@ -37,6 +42,10 @@ FORMATS: Final[dict[FormatWord, ReportFormat.ValueType]] = {
     "rfc-as-posted": ReportFormat.REPORT_FORMAT_RFC_AS_POSTED,
     "mainline": ReportFormat.REPORT_FORMAT_MAINLINE,
 }
+ORIGINS: Final[dict[OriginWord, Origin.ValueType]] = {
+    "userspace": Origin.ORIGIN_USERSPACE,
+    "autoload": Origin.ORIGIN_AUTOLOAD,
+}
 OUTCOMES: Final[dict[str, Outcome.ValueType]] = {
     "live": Outcome.OUTCOME_LIVE,
     "kread": Outcome.OUTCOME_KREAD,
@@ -46,7 +55,11 @@ OUTCOMES: Final[dict[str, Outcome.ValueType]] = {
     "init": Outcome.OUTCOME_INIT,
     "shared": Outcome.OUTCOME_SHARED,
     "refused": Outcome.OUTCOME_REFUSED,
+    "abandoned": Outcome.OUTCOME_ABANDONED,
 }
+
+CALL_COLUMNS: Final = ("Module", "Outcome", "Errno", ">File", ">Image", ">Layout", ">Peak held", ">Took", ">Waited")
+"""Of a table of calls; ``modpressure.cli.load.call_row`` fills it."""
 
 _PLAIN_WIDTH: Final = 200
 """Columns where there is no terminal: enough that nothing is cut or wrapped."""

@@ -15,6 +15,8 @@ from modpressure import aio
 from modpressure.client import Client
 from modpressure.settings import ClientSettings, load_settings
 from modpressure.settings_sources import CONFIG_VARIABLE, FILE_NAME, flag, help_text
+from modpressure.tls import ClientTls, client_tls, read_token
+from modpressure.units import parse_bytes
 
 PANEL: Final = "Where and how"
 """Heading of the common options in a command's help."""
@@ -35,7 +37,19 @@ class Session:
     def client(self) -> Client:
         """Return a client of the services that the settings name."""
         settings = self.settings
-        return Client(settings.loaders, settings.stats, timeout_seconds=settings.timeout_seconds)
+        return Client(
+            settings.loaders, settings.stats, timeout_seconds=settings.timeout_seconds, tls=self.tls, token=self.token
+        )
+
+    @property
+    def token(self) -> str:
+        """The token that the services are shown, empty for none."""
+        return read_token(self.settings.token_file)
+
+    @property
+    def tls(self) -> ClientTls | None:
+        """How the services are talked to."""
+        return client_tls(self.settings.ca, self.settings.cert, self.settings.key)
 
 
 Command = Callable[..., Awaitable[int | None]]
@@ -101,6 +115,22 @@ def duration_seconds(value: Any) -> float:
     if not 0 < seconds <= _YEAR_SECONDS:
         raise typer.BadParameter(f"{value} is not a number of seconds between 0 and {_YEAR_SECONDS}")
     return seconds
+
+
+def memory_bytes(value: Any) -> int:
+    """Parse an option that is an amount of memory: at least a byte."""
+    try:
+        size_bytes = parse_bytes(str(value))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not size_bytes:
+        raise typer.BadParameter(f"{value!r} is no memory at all; without a limit leave the option away")
+    return size_bytes
+
+
+def memory_option(help_: str, default: str = "no limit", *, panel: str | None = None) -> Any:
+    """Return an option that is an amount of memory, such as 64MiB; ``panel`` is its heading in the command's help."""
+    return typer.Option(parser=memory_bytes, metavar="BYTES", help=help_, show_default=default, rich_help_panel=panel)
 
 
 def _set_parameters(run: Callable[..., None], function: Command, names: tuple[str, ...]) -> None:

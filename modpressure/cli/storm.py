@@ -6,7 +6,8 @@ import asyncio
 import signal
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
 
@@ -27,8 +28,10 @@ from modpressure.storm import MAX_WORKERS, StormResult, StormRun
 from modpressure.v1.call_pb2 import Policy
 from modpressure.v1.loader_service_pb2 import Kmod, Storm
 
+_VIRTUAL: Final = "In virtual time"
 
-@command("loaders", "system")
+
+@command("loaders", "stats", "system")
 async def storm(
     session: Session,
     module: Annotated[
@@ -85,6 +88,65 @@ async def storm(
         bool,
         typer.Option("--keep-loaded", help="Mode repeat: unload nothing after a success; needs --seconds."),
     ] = False,
+    virtual: Annotated[
+        bool,
+        typer.Option(
+            "--virtual", help="Simulate it in virtual time, without loaders or memory.", rich_help_panel=_VIRTUAL
+        ),
+    ] = False,
+    cpus: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number(1, 65_536),
+            metavar="N",
+            help="CPUs of the machine.",
+            show_default="8",
+            rich_help_panel=_VIRTUAL,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number(0, (1 << 63) - 1),
+            metavar="N",
+            help="The first seed of chance.",
+            show_default="0",
+            rich_help_panel=_VIRTUAL,
+        ),
+    ] = None,
+    repeat: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number(1, 10_000),
+            metavar="N",
+            help="Storms, one for each seed from the first on.",
+            show_default="5",
+            rich_help_panel=_VIRTUAL,
+        ),
+    ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Tree of modules.", show_default="the bundled catalogue", rich_help_panel=_VIRTUAL
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What things take; modpressure calibrate makes one.",
+            show_default="as bundled",
+            rich_help_panel=_VIRTUAL,
+        ),
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Have stats_svc count the calls of the first storm in --system.",
+            rich_help_panel=_VIRTUAL,
+        ),
+    ] = False,
 ) -> int:
     """Have many workers load the same modules at the same time, and print what that cost.
 
@@ -97,9 +159,31 @@ async def storm(
       modpressure storm --workers 100 --module xfs
       modpressure storm -w 400 -m xfs,btrfs --mode once --policy v6.3
       modpressure storm -w 64 -m loop --seconds 10 --separate-copies
+      modpressure storm -w 400 -m xfs --virtual --cpus 64 --repeat 20
     """
     modules = [name.strip() for text in module for name in text.split(",") if name.strip()]
     _check(modules, mode, ops, seconds, keep_loaded)
+    given = {"cpus": cpus, "seed": seed, "repeat": repeat, "tree": tree, "costs": costs, "record": record or None}
+    if virtual:
+        from modpressure.cli.virtual_storm import run_virtual_storm
+
+        return await run_virtual_storm(
+            session,
+            modules,
+            given,
+            workers=workers,
+            once=mode == "once",
+            operations=ops or (0 if seconds else 1),
+            seconds=seconds,
+            policy=policy,
+            kmod=kmod,
+            separate_copies=separate_copies,
+            with_dependencies=not no_deps,
+            keep_loaded=keep_loaded,
+        )
+    for name, value in given.items():
+        if value is not None:
+            raise BadRequest(f"--{name} is for storms in virtual time: it needs --virtual")
     spec = Storm(
         system=session.settings.system,
         modules=modules,

@@ -23,12 +23,16 @@ from modpressure.cli.session import Session, command, whole_number
 from modpressure.cli.up_view import STATS_SERVICE, Running, announcement, line_printer
 from modpressure.client import Client
 from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotNow
-from modpressure.settings import LoaderSettings, load_settings
+from modpressure.settings import LoaderSettings, StatsSettings, load_settings
+from modpressure.tls import ClientTls, open_channel
 
 LOADER_SERVICE: Final = "modpressure.v1.LoaderService"
 
 MAX_LOADERS: Final = 256
 DEFAULT_SYSTEM: Final = "default"
+
+STOP_MARGIN_SECONDS: Final = 5.0
+"""What a service may take to stop beyond its grace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Plan:
     database: str
     policy: PolicyWord | None
     config: Path | None
+    insecure: bool
     memory_limit_bytes: int
     """Of each loader: they share what one alone would take, as they share the machine."""
 
@@ -60,7 +65,8 @@ class Plan:
         return ["loader_svc", "--listen", self.listen(index), "--stats", stats, *own, *tree, *self._common()]
 
     def _common(self) -> list[str]:
-        return ["--log-format", "json", *(["--config", str(self.config)] if self.config else [])]
+        insecure = ["--insecure"] if self.insecure else []
+        return ["--log-format", "json", *insecure, *(["--config", str(self.config)] if self.config else [])]
 
 
 @command()
@@ -94,6 +100,9 @@ async def up(
         ),
     ] = 50050,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on such a --host without TLS that other machines reach, too.")
+    ] = False,
     ready_file: Annotated[
         Path | None,
         typer.Option(
@@ -123,10 +132,16 @@ async def up(
         if database is None:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modpressure-"))
             database = f"{directory}/modpressure.sqlite3"
-        whole_limit_bytes = load_settings(LoaderSettings, config=session.config).memory_limit_bytes
-        limit_bytes = max(1, whole_limit_bytes // loaders)
-        plan = Plan(loaders, host, port, tree, database, policy, session.config, limit_bytes)
-        children = Children(line_printer(quiet))
+        listening = {"listen": f"{host}:{port}", "insecure": insecure or None}
+        loader_settings = load_settings(LoaderSettings, listening, session.config)
+        stats_settings = load_settings(StatsSettings, listening, session.config)
+        for settings in (loader_settings, stats_settings):
+            settings.check()
+        limit_bytes = max(1, loader_settings.memory_limit_bytes // loaders)
+        # A loader may take its grace twice: for its clients, and then for the calls that these have left behind.
+        stop_seconds = max(2 * loader_settings.grace_seconds, stats_settings.grace_seconds) + STOP_MARGIN_SECONDS
+        plan = Plan(loaders, host, port, tree, database, policy, session.config, insecure, limit_bytes)
+        children = Children(line_printer(quiet), stop_seconds=stop_seconds)
         with _stop_signals(children) as stopped:
             try:
                 return await _run(session, plan, children, stopped, ready_file)
@@ -161,7 +176,7 @@ def _stop_signals(children: Children) -> Iterator[asyncio.Future[int]]:
 async def _run(
     session: Session, plan: Plan, children: Children, stopped: asyncio.Future[int], ready_file: Path | None
 ) -> int:
-    starting = asyncio.create_task(_start(plan, children))
+    starting = asyncio.create_task(_start(session, plan, children))
     try:
         if (number := await _until(starting, children, stopped)) is not None:
             return 128 + number
@@ -191,8 +206,9 @@ async def _until(task: asyncio.Task[Any] | None, children: Children, stopped: as
     return None
 
 
-async def _start(plan: Plan, children: Children) -> Running:
+async def _start(session: Session, plan: Plan, children: Children) -> Running:
     """Start all and wait until they are well."""
+    tls = session.tls
     stats = await children.start("stats", plan.stats_arguments())
     stats_address = await stats.address
     started = [
@@ -201,17 +217,18 @@ async def _start(plan: Plan, children: Children) -> Running:
     ]
     addresses = [await loader.address for loader in started]
     await asyncio.gather(
-        _until_well(stats_address, STATS_SERVICE), *(_until_well(address, LOADER_SERVICE) for address in addresses)
+        _until_well(stats_address, STATS_SERVICE, tls),
+        *(_until_well(address, LOADER_SERVICE, tls) for address in addresses),
     )
     if plan.policy:
-        await _set_policy(stats_address, plan.policy)
+        await _set_policy(session, stats_address, plan.policy)
     pids = {child.name: child.process.pid for child in (stats, *started)}
     return Running(stats_address, addresses, plan.database, pids)
 
 
-async def _until_well(address: str, service: str) -> None:
+async def _until_well(address: str, service: str, tls: ClientTls | None) -> None:
     """Wait until the health service at ``address`` says that ``service`` can do its work."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         try:
@@ -222,9 +239,9 @@ async def _until_well(address: str, service: str) -> None:
             raise ModpressureError(f"the service at {address} does not tell its health: {error.details()}") from error
 
 
-async def _set_policy(stats: str, policy: PolicyWord) -> None:
+async def _set_policy(session: Session, stats: str, policy: PolicyWord) -> None:
     """Have the system default with that policy; NotNow if there is one with another that has counted something."""
-    async with Client(stats=stats) as client:
+    async with Client(stats=stats, tls=session.tls, token=session.token) as client:
         try:
             await client.create_system(DEFAULT_SYSTEM, policy=POLICIES[policy])
         except AlreadyExists:

@@ -9,6 +9,7 @@ import typer
 
 from modpressure.cli.output import print_json, print_text
 from modpressure.cli.session import JSON_HELP
+from modpressure.cli.verify_boots import boots
 from modpressure.errors import BadRequest
 from modpressure.identity_files import load_identity
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     help="Compare the simulation with measurements of a real kernel: each row that differs, and how many agree.",
     no_args_is_help=True,
 )
+
+app.command()(boots)
 
 DEFAULT_IDENTITY: Final = "measured-6.12"
 
@@ -92,13 +95,14 @@ def storms(
     csv: CsvOption,
     files: FilesOption,
     more: MoreFiles = None,
+    init: InitOption = None,
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
     """Compare what many workers released together come to: exactly what is no race, in its order what is one."""
     from loader_svc.verify import verify_storms
 
-    _show(verify_storms(csv, [*files, *(more or ())], load_identity(identity)), json=json)
+    _show(verify_storms(csv, [*files, *(more or ())], load_identity(identity), _init_results(init)), json=json)
 
 
 @app.command()
@@ -106,13 +110,14 @@ def stress(
     csv: CsvOption,
     files: FilesOption,
     more: MoreFiles = None,
+    init: InitOption = None,
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
     """Compare what workers that load and unload again and again come to: totals and what must add up."""
     from loader_svc.verify import verify_stress
 
-    _show(verify_stress(csv, [*files, *(more or ())], load_identity(identity)), json=json)
+    _show(verify_stress(csv, [*files, *(more or ())], load_identity(identity), _init_results(init)), json=json)
 
 
 @app.command()

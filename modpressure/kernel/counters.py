@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Final, Protocol
 
 from modpressure.kernel.outcome import Outcome, Syscall
+from modpressure.kernel.requesters import Tally
 
 SIZE_BITS: Final = 44
 """Sizes are less than 16 TiB: more makes no sense, and a few of them would overflow a stored counter."""
@@ -31,6 +32,12 @@ class EndedCall(Protocol):
     def mod_bytes(self) -> int: ...  # noqa: D102
     @property
     def text_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def origin(self) -> int: ...  # noqa: D102
+    @property
+    def requester(self) -> str: ...  # noqa: D102
+    @property
+    def errno(self) -> str: ...  # noqa: D102
 
 
 @dataclass(slots=True)
@@ -57,6 +64,8 @@ class Counters:
     failed_inits: int = 0
     duplicates: int = 0
     unloads: int = 0
+    abandoned_calls: int = 0
+    """Calls that never ended; they are not among ``calls``."""
 
     @property
     def virtual_mem_wasted_bytes(self) -> int:
@@ -126,8 +135,15 @@ class Counters:
             return 0
         raise ValueError(f"there is no outcome number {outcome}")
 
-    def add_calls(self, calls: Iterable[EndedCall], failed: dict[str, FailedModule]) -> None:
+    def add_calls(
+        self,
+        calls: Iterable[EndedCall],
+        failed: dict[str, FailedModule],
+        tallies: dict[tuple[int, str], Tally] | None = None,
+    ) -> None:
         """Count many calls, each as ``add_call`` would, and add those that were duplicates to ``failed``.
+
+        ``tallies`` is added to by origin and requester, as the calls name them.
 
         ValueError names an outcome that there is not, or a size that is negative or beyond ``SIZE_BITS``; the counters
         are then in between. The same rules as in ``add_call``, written out a second time because this runs for each
@@ -141,9 +157,20 @@ class Counters:
         )
         count = lives = total_mod_bytes = total_text_bytes = shares = duplicates = 0
         becomings = becoming_bytes = loads = load_bytes = load_image_bytes = 0
+        good_shares = others = other_bytes = 0
+        origin, requester, tally = -1, "", Tally()
+        if tallies is None:
+            tallies = {}
         for call in calls:
             count += 1
             outcome = call.outcome
+            if call.requester != requester or call.origin != origin:
+                # Who asks once asks often. What a run of calls came to is the sums at its end less those at its start.
+                before = count - 1
+                tally.add(Tally(before, before - lives - good_shares, becoming_bytes + load_bytes + other_bytes))
+                origin, requester = call.origin, call.requester
+                tally = tallies.setdefault((origin, requester), Tally())
+                tally.add(Tally(-before, lives + good_shares - before, -becoming_bytes - load_bytes - other_bytes))
             if outcome == live:
                 mod_bytes = call.mod_bytes
                 text_bytes = call.text_bytes
@@ -181,12 +208,14 @@ class Counters:
             elif outcome == shared:
                 shares += 1
                 duplicates += call.duplicate
+                good_shares += not call.errno
             else:
                 image_bytes = call.image_bytes
                 compressed_bytes = call.compressed_bytes
                 if (image_bytes | compressed_bytes) >> SIZE_BITS:
                     raise _bad_size(call)
-                self.add_call(
+                others += 1
+                other_bytes += self.add_call(
                     outcome,
                     syscall=call.syscall,
                     duplicate=call.duplicate,
@@ -195,9 +224,8 @@ class Counters:
                     mod_bytes=0,
                     text_bytes=0,
                 )
-                # It has been counted.
-                count -= 1
-        self.calls += count
+        tally.add(Tally(count, count - lives - good_shares, becoming_bytes + load_bytes + other_bytes))
+        self.calls += count - others  # which have been counted
         self.modcount += lives
         self.total_mod_size += total_mod_bytes
         self.total_text_size += total_text_bytes

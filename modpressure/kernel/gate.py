@@ -35,6 +35,9 @@ class Gate(Generic[Caller]):
         if holder == caller:
             self._held[caller] = inode
             return PROCEED
+        if self._waits.get(caller, inode) != inode:
+            # A caller waits for one thing at a time; one that asks for another has given the first up.
+            self.interrupt(caller)
         self._waiters.setdefault(inode, {})[caller] = None
         self._waits[caller] = inode
         return None

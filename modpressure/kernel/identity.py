@@ -7,7 +7,7 @@ check, a layout or an errno. Nothing else of a kernel's configuration is looked 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 
@@ -39,11 +39,14 @@ class KernelIdentity:
     strict_module_rwx: bool = True
     modversions: bool = True
     module_force_load: bool = True
+    module_force_unload: bool = True
     allow_missing_namespace_imports: bool = False
     livepatch: bool = True
     module_sig: bool = True
     module_sig_force: bool = False
     smp: bool = True
+    merges_autoloads: bool = False
+    """MODULE_DEBUG_AUTOLOAD_DUPS: equal requests of the kernel itself share one modprobe."""
 
     trust_signatures: bool = True
     """Whether a well-formed signature is taken for one by a key that the kernel knows; no key is at hand to check."""
@@ -78,22 +81,3 @@ class KernelIdentity:
 
 ANY: Final = KernelIdentity()
 """Takes every well-formed module, whatever kernel it was built for."""
-
-DEBIAN_12: Final = replace(
-    ANY,
-    name="debian-12",
-    # 6.1 is built without MODULE_DECOMPRESS: libkmod unpacks and calls init_module.
-    vermagic="SMP preempt mod_unload modversions ",
-    decompressors=(),
-)
-"""Debian 12, any of its releases on amd64; its exported symbols have to be added from a Module.symvers."""
-
-DEBIAN_13: Final = replace(
-    ANY,
-    name="debian-13",
-    vermagic="SMP preempt mod_unload modversions ",
-    decompressors=("xz",),
-)
-"""Debian 13, likewise."""
-
-BUILT_IN: Final[dict[str, KernelIdentity]] = {identity.name: identity for identity in (ANY, DEBIAN_12, DEBIAN_13)}

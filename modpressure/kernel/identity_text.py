@@ -8,6 +8,7 @@
     decompressors = ["zstd"]
     blacklist = ["pcspkr"]
     symvers = "Module.symvers"                 the exported symbols, relative to this file
+    base = "debian-12"                         has the symbols where there is no symvers line
     origins = ["linux-image-6.12.1 1.0"]       where all this is from; of no consequence
 
     [config]
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from modpressure.kernel.identity import ANY, BUILT_IN, KernelIdentity
+from modpressure.kernel.identity import ANY, KernelIdentity
 
 _FIELDS: Final = {
     "name": "name",
@@ -49,7 +50,9 @@ _CONFIG: Final = {
     "KALLSYMS_ALL": "kallsyms_all",
     "LIVEPATCH": "livepatch",
     "MODULE_ALLOW_MISSING_NAMESPACE_IMPORTS": "allow_missing_namespace_imports",
+    "MODULE_DEBUG_AUTOLOAD_DUPS": "merges_autoloads",
     "MODULE_FORCE_LOAD": "module_force_load",
+    "MODULE_FORCE_UNLOAD": "module_force_unload",
     "MODULE_SIG": "module_sig",
     "MODULE_SIG_FORCE": "module_sig_force",
     "MODULE_UNLOAD": "module_unload",
@@ -65,9 +68,17 @@ class IdentityError(ValueError):
     """A text that describes no kernel; one sentence that names the value."""
 
 
-def parse_identity(text: str) -> tuple[KernelIdentity, str]:
-    """Return the identity that a text describes, without symbols, and the file of those ("" for none).
+def any_alone(name: str) -> KernelIdentity:
+    """Return the one identity that needs no file. IdentityError for any other name."""
+    if name != ANY.name:
+        raise IdentityError(f"there is no kernel identity {name!r} to start from; there is {ANY.name}")
+    return ANY
 
+
+def parse_identity(text: str, *, base_named: Callable[[str], KernelIdentity] = any_alone) -> tuple[KernelIdentity, str]:
+    """Return the identity that a text describes, and the file of its symbols ("" for none).
+
+    Without such a file it has the symbols of its base, which ``base_named`` gives by name, or raises IdentityError.
     IdentityError for anything that is not TOML, an unknown key or a value of the wrong type.
     """
     try:
@@ -76,14 +87,12 @@ def parse_identity(text: str) -> tuple[KernelIdentity, str]:
         raise IdentityError(f"the kernel identity is not TOML: {error}") from None
     for key, value in document.items():
         _check(key, value)
-    base = document.get("base", ANY.name)
-    if base not in BUILT_IN:
-        raise IdentityError(f"there is no kernel identity {base!r}; there are {', '.join(BUILT_IN)}")
+    base = base_named(document.get("base", ANY.name))
     fields = {_CONFIG[option]: value for option, value in document.get("config", {}).items() if option in _CONFIG}
     if document.get("release"):
         fields["name"] = document["release"]
     fields |= {_FIELDS[key]: _value(key, value) for key, value in document.items() if key in _FIELDS}
-    return replace(BUILT_IN[base], **fields), document.get("symvers", "")
+    return replace(base, **fields), document.get("symvers", "")
 
 
 def _check(key: str, value: Any) -> None:
@@ -121,9 +130,11 @@ def _value(key: str, value: Any) -> Any:
     return _LISTS[key](value) if key in _LISTS else value
 
 
-def render_identity(identity: KernelIdentity, *, symvers: str = "") -> str:
-    """Return the text of an identity, its symbols aside; ``symvers`` names the file that has them."""
+def render_identity(identity: KernelIdentity, *, symvers: str = "", base: str = "") -> str:
+    """Return the text of an identity, its symbols aside: ``symvers`` names their file, ``base`` who else has them."""
     lines = ["# What a simulated kernel is to the modules that are loaded into it."]
+    if base:
+        lines.append(f"base = {_toml(base)}")
     for key, field in _FIELDS.items():
         value = getattr(identity, field)
         if value is None or field in _CONFIG.values():

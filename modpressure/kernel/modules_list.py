@@ -35,6 +35,9 @@ class Verdict(Enum):
     INTERRUPTED = auto()
     FAILED = auto()
 
+    # Each member is one object; Enum's own hash is that of its name, and takes ten times as long.
+    __hash__ = object.__hash__
+
 
 class Answer(NamedTuple):
     """What a call is told."""
@@ -46,8 +49,15 @@ class Answer(NamedTuple):
     waited: bool = False
     """True if the call had to wait for another one."""
 
+    exit_status: int = 0
+    """Of the modprobe whose result is shared; 0 elsewhere."""
+
 
 PROCEED = Answer(Verdict.PROCEED)
+EXISTS = Answer(Verdict.DUPLICATE, "EEXIST")
+BUSY = Answer(Verdict.DUPLICATE, "EBUSY")
+EXISTS_AFTER_WAIT = Answer(Verdict.DUPLICATE, "EEXIST", waited=True)
+BUSY_AFTER_WAIT = Answer(Verdict.DUPLICATE, "EBUSY", waited=True)
 
 
 @dataclass(slots=True)
@@ -93,45 +103,71 @@ class ModulesList(Generic[Caller]):
         """Put an entry back as it was stored, as the newest."""
         self._entries[name] = Entry(name, state, owner, core_bytes)
 
+    def look(self, name: str) -> Answer | None:
+        """Say what a call that looks for ``name`` is told: go on, a duplicate, or None if it is to wait."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return PROCEED
+        if entry.state is State.LIVE:
+            return EXISTS
+        return BUSY if entry.state is State.GOING else None
+
+    def look_again(self, name: str) -> Answer | None:
+        """Say what a call that waited for ``name`` is told when it looks once more; None if it is to wait on.
+
+        It found the name taken, and that decides: it is a duplicate even if the name is free by now.
+        """
+        entry = self._entries.get(name)
+        if entry is None or entry.state is State.GOING:
+            return BUSY_AFTER_WAIT
+        return EXISTS_AFTER_WAIT if entry.state is State.LIVE else None
+
     def check(self, name: str, caller: Caller) -> Answer | None:
         """Look for ``name`` before the layout is allocated (step "becoming"): go on, a duplicate, or None for later."""
-        entry = self._entries.get(name)
-        return PROCEED if entry is None else self._meet(entry, caller)
+        answer = self.look(name)
+        if answer is None:
+            self._wait(name, caller)
+        return answer
 
     def reserve(self, name: str, caller: Caller) -> Answer | None:
         """Insert ``name`` as unformed and owned by ``caller`` (step "load"): go on, a duplicate, or None for later.
 
-        Asking again with the same caller gives the same answer, so that a lost answer can be asked for again.
+        Asking again with the same caller gives the same answer, so that a lost answer can be asked for again, as long
+        as the module is not live.
         """
         entry = self._entries.get(name)
         if entry is None:
             self._entries[name] = Entry(name, State.UNFORMED, caller)
             return PROCEED
-        if entry.owner == caller and entry.state is State.UNFORMED:
+        if entry.owner == caller and entry.state in (State.UNFORMED, State.COMING):
             return PROCEED
-        return self._meet(entry, caller)
+        answer = self.look(name)
+        if answer is None:
+            self._wait(name, caller)
+        return answer
 
-    def _meet(self, entry: Entry[Caller], caller: Caller) -> Answer | None:
-        if entry.state in (State.LIVE, State.GOING):
-            return Answer(Verdict.DUPLICATE, "EEXIST" if entry.state is State.LIVE else "EBUSY")
-        entry.waiters[caller] = None
-        self._waits[caller] = entry.name
-        return None
+    def _wait(self, name: str, caller: Caller) -> None:
+        self._entries[name].waiters[caller] = None
+        self._waits[caller] = name
 
     def come(self, name: str) -> None:
         """Note that ``name`` is formed and its init runs. KeyError if it is not in the list."""
         self._entries[name].state = State.COMING
+
+    def go(self, name: str) -> None:
+        """Note that ``name`` is being unloaded: its exit function runs. KeyError if it is not in the list."""
+        self._entries[name].state = State.GOING
 
     def live(self, name: str, core_bytes: int) -> list[tuple[Caller, Answer]]:
         """Make ``name`` live; return who waited for it and what each is told. KeyError if it is not in the list."""
         entry = self._entries[name]
         entry.state = State.LIVE
         entry.core_bytes = core_bytes
-        return self._wake(entry, Answer(Verdict.DUPLICATE, "EEXIST", waited=True))
+        return self._wake(entry, EXISTS_AFTER_WAIT)
 
     def remove(self, name: str) -> list[tuple[Caller, Answer]]:
         """Take ``name`` out, loaded or given up; return who waited and what each is told. KeyError if not there."""
-        return self._wake(self._entries.pop(name), Answer(Verdict.DUPLICATE, "EBUSY", waited=True))
+        return self._wake(self._entries.pop(name), BUSY_AFTER_WAIT)
 
     def _wake(self, entry: Entry[Caller], answer: Answer) -> list[tuple[Caller, Answer]]:
         woken = list(entry.waiters)
@@ -151,9 +187,10 @@ class ModulesList(Generic[Caller]):
     def unload(self, name: str) -> Answer:
         """Say whether ``name`` can be unloaded now, changing nothing: proceed, or failed with ENOENT or EBUSY.
 
-        delete_module(2): ENOENT if there is no such module, EBUSY if it is not live (kernel/module/main.c).
+        delete_module(2): ENOENT if there is no such module or it is not formed yet (``find_module`` passes over it),
+        EBUSY if it is not live (kernel/module/main.c). ``links.unloading`` also looks at who uses it.
         """
         entry = self._entries.get(name)
-        if entry is None:
+        if entry is None or entry.state is State.UNFORMED:
             return Answer(Verdict.FAILED, "ENOENT")
         return PROCEED if entry.state is State.LIVE else Answer(Verdict.FAILED, "EBUSY")

@@ -32,6 +32,9 @@ class Outcome(IntEnum):
     REFUSED = 8
     """Refused before the read, or interrupted in the gate; counted nothing."""
 
+    ABANDONED = 9
+    """Never ended, as far as anybody was told: its loader is gone. No call ends so, and none is counted so."""
+
     @property
     def word(self) -> str:
         """The name as people read and write it, such as ``becoming``."""

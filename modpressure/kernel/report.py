@@ -47,6 +47,11 @@ def _averages(rows: Iterable[tuple[str, int, int]]) -> str:
     return "".join(_row(label, _average(total, count)) for label, total, count in rows if total and count)
 
 
+def failed_row(module: FailedModule) -> str:
+    """Return the row of the mainline report that says how often, and where, a name was a duplicate."""
+    return f"{module.module:>25}\t{module.count:>15}\t{module.reason:>25}\n"
+
+
 def rfc(counters: Counters, failed: Iterable[FailedModule], *, as_posted: bool = False) -> str:
     """Return the report of the first patch series; ``failed`` is newest name first."""
     kread_bytes = counters.invalid_mod_image_bytes if as_posted else counters.invalid_kread_bytes
@@ -100,7 +105,7 @@ def mainline(counters: Counters, failed: Iterable[FailedModule], *, kernel_buffe
             )
         )
     )
-    rows = [f"{module.module:>25}\t{module.count:>15}\t{module.reason:>25}\n" for module in failed]
+    rows = [failed_row(module) for module in failed]
     if kernel_buffer:
         del rows[KERNEL_BUFFER_MAX_FAILURES - 1 :]
     if rows:

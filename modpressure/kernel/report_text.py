@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from modpressure.kernel.counters import Counters, FailedModule
-from modpressure.kernel.report import mainline
+from modpressure.kernel.report import failed_row, mainline
 
 _COUNTERS: Final = {
     "Mods ever loaded": "modcount",
@@ -24,7 +24,10 @@ _COUNTERS: Final = {
 }
 
 _HEADING: Final = "Duplicate failed modules:\n"
-_ROW: Final = re.compile(r" *(\S+)\t *(\d+)\t *(Becoming & Load|Becoming|Load)\n")
+_ROW: Final = re.compile(r" *(\S+)\t *(\d{1,20})\t *(Becoming & Load|Becoming|Load)\n", re.ASCII)
+_CUT: Final = re.compile(r" *\S*(\t *(\d{0,20}|\d{1,20}\t *[A-Za-z& ]*))?", re.ASCII)
+_NUMBER: Final = re.compile(r"\d{1,20}", re.ASCII)
+"""A 64-bit number has 20 digits at most."""
 _NAME_WIDTH: Final = 25
 _COUNT_WIDTH: Final = 15
 
@@ -58,7 +61,7 @@ def parse_mainline(text: str) -> MainlineText:
     values: dict[str, int] = {}
     for line in preamble.splitlines():
         label, tab, value = line.partition("\t")
-        if not tab or not value.isdecimal():
+        if not tab or not _NUMBER.fullmatch(value):
             raise ReportTextError(f"the line {line[:80]!r} is no row of a report")
         values[label.strip()] = int(value)
     for label, name in _COUNTERS.items():
@@ -72,7 +75,7 @@ def parse_mainline(text: str) -> MainlineText:
         failed.append(FailedModule(name, count - in_load, in_load))
         at = match.end()
     cut = rows[at:] if heading else ""
-    if "\n" in cut:
+    if not _CUT.fullmatch(cut):
         raise ReportTextError(f"the line {cut.partition(chr(10))[0][:80]!r} is no row of a failed module")
     return MainlineText(counters, failed, cut)
 
@@ -82,13 +85,12 @@ def _completed(cut: str) -> FailedModule:
     name, tab, rest = cut.partition("\t")
     if not tab:
         return FailedModule(name.lstrip().ljust(_NAME_WIDTH - (len(name) - len(name.lstrip())), "?"), 1)
-    count, tab, reason = rest.partition("\t")
+    count, tab, _ = rest.partition("\t")
     digits = count.lstrip()
     if not tab:
         # Right-aligned as well: what is missing are its last digits.
         return FailedModule(name.lstrip(), int(digits.ljust(_COUNT_WIDTH - (len(count) - len(digits)), "1") or "1"))
-    word = reason.lstrip()
-    padding = len(reason) - len(word)
     number = int(digits)
-    in_load = {_NAME_WIDTH - len("Load"): number, _NAME_WIDTH - len("Becoming & Load"): 1}.get(padding, 0)
-    return FailedModule(name.lstrip(), number - in_load, in_load)
+    # The reason may be cut before its first letter: then the blanks before it say which ones it can't be.
+    candidates = [FailedModule(name.lstrip(), number - late, late) for late in (0, min(1, number - 1), number)]
+    return next((each for each in candidates if failed_row(each).startswith(cut)), candidates[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -49,12 +49,12 @@ class KernelPackages:
     @cached_property
     def release(self) -> str:
         """What ``uname -r`` prints under this kernel."""
-        return next(path.name for path in (self.root / "lib/modules").iterdir())
+        return self.modules.name
 
     @property
     def modules(self) -> Path:
-        """Directory of the module tree."""
-        return self.root / "lib/modules" / self.release
+        """Directory of the module tree: below /usr from Debian 13 on."""
+        return next(path for top in ("lib", "usr/lib") for path in (self.root / top / "modules").glob("*"))
 
     @cached_property
     def paths(self) -> dict[str, Path]:
@@ -72,12 +72,21 @@ class KernelPackages:
         """Lines of ``modules.builtin``."""
         return (self.modules / "modules.builtin").read_text().splitlines()
 
+    @property
+    def symvers_file(self) -> Path:
+        """What the kernel and its modules export, from the headers."""
+        return next((self.root / "usr/src").glob("linux-headers-*/Module.symvers"))
+
+    @property
+    def config_file(self) -> Path:
+        """The whole configuration."""
+        return self.root / "boot" / f"config-{self.release}"
+
     @cached_property
     def symvers(self) -> dict[str, tuple[str, KernelSymbol]]:
         """For each exported symbol who has it (``vmlinux`` or a module's name), and the symbol."""
-        file = next((self.root / "usr/src").glob("linux-headers-*/Module.symvers"))
         found = {}
-        for line in file.read_text().splitlines():
+        for line in self.symvers_file.read_text().splitlines():
             crc, name, owner, kind, *namespace = line.split("\t")
             symbol = KernelSymbol(name, int(crc, 16), kind == "EXPORT_SYMBOL_GPL", (namespace or [""])[0])
             found[name] = (owner.rpartition("/")[2].replace("-", "_"), symbol)
@@ -85,7 +94,7 @@ class KernelPackages:
 
     def config(self) -> Iterator[str]:
         """Read the configuration as far as loading modules looks at it."""
-        text = (self.root / "boot" / f"config-{self.release}").read_text().splitlines()
+        text = self.config_file.read_text().splitlines()
         for option in CONFIG:
             value = next((line.partition("=")[2] for line in text if line.startswith(f"CONFIG_{option}=")), "n")
             yield f"CONFIG_{option}={value}"
@@ -108,14 +117,14 @@ def pack_xz(image: bytes) -> bytes:
     return lzma.compress(image, lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=filters)
 
 
-def unpack(image: str, directory: Path) -> KernelPackages:
+def unpack(image: str, directory: Path, apt_options: Sequence[str] = ()) -> KernelPackages:
     """Download an image package and its headers with apt's own client, unless they are there, and unpack them."""
     headers = image.replace("linux-image-", "linux-headers-").removesuffix("-unsigned")
     directory.mkdir(parents=True, exist_ok=True)
     files = {}
     for package in (image, headers):
         if not list(directory.glob(f"{package}_*.deb")):
-            subprocess.run(["apt-get", "download", package], cwd=directory, check=True)
+            subprocess.run(["apt-get", *apt_options, "download", package], cwd=directory, check=True)
         (files[package],) = directory.glob(f"{package}_*.deb")
     root = directory / image
     if not root.exists():

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
 import sys
-import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,89 +17,19 @@ import pytest
 import pytest_asyncio
 
 from modpressure.client import Client
-from modpressure.kernel.counters import COUNTER_NAMES, Counters
 from modpressure.v1.call_pb2 import Event, Outcome
-from modpressure.v1.stats_service_pb2 import Stats
+from tests.compose.project import Project, check_consistent, duplicates_beyond, run
+from tests.recount import named
 
-ROOT = Path(__file__).parents[2]
 REPLICAS = 8
 
 # Building the image takes most of it.
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 
-class Project:
-    """One Compose project, on ports and with an image of its own."""
-
-    def __init__(self) -> None:
-        self.environment = {
-            **os.environ,
-            "COMPOSE_PROJECT_NAME": f"modpressure-test-{uuid.uuid4().hex[:8]}",
-            "DOCKER_BUILDKIT": "1",
-            "IMAGE": "modpressure-test",
-            "STATS_PORT": "0",
-        }
-        self.environment.pop("MODULES_DIR", None)
-        self.clients: list[asyncio.subprocess.Process] = []
-
-    def command(self, *arguments: str) -> list[str]:
-        return ["docker", "compose", "--file", str(ROOT / "docker-compose.yml"), *arguments]
-
-    def __call__(self, *arguments: str) -> str:
-        """Run docker compose to a good end and return what it printed."""
-        return run(*self.command(*arguments), environment=self.environment)
-
-    def scale(self, loaders: int) -> None:
-        self("up", "--detach", "--no-recreate", "--no-deps", "--wait", "--scale", f"loader_svc={loaders}", "loader_svc")
-
-    def containers(self, service: str) -> list[dict[str, Any]]:
-        """Return what the engine knows about the containers of a service."""
-        ids = self("ps", "--all", "--quiet", service).split()
-        found: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids)) if ids else []
-        return found
-
-    def container_name(self, client: str) -> str:
-        return f"{self.environment['COMPOSE_PROJECT_NAME']}-run-{client}"
-
-    def interrupt(self, client: str) -> None:
-        """Do to a client what Ctrl-C does."""
-        run("docker", "kill", "--signal", "INT", self.container_name(client))
-
-    def stats_address(self) -> str:
-        return self("port", "stats_svc", "50050").strip()
-
-    async def start_client(self, *arguments: str, name: str = "client") -> asyncio.subprocess.Process:
-        """Start a command of the CLI in a container of its own, called so, beside what runs."""
-        options = ("--rm", "--no-deps", "--no-TTY", "--name", self.container_name(name))
-        client = await asyncio.create_subprocess_exec(
-            *self.command("run", *options, "client", "modpressure", *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=self.environment,
-        )
-        self.clients.append(client)
-        return client
-
-
-def run(*command: str, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def project() -> Iterator[Project]:
+def project(engine: None) -> Iterator[Project]:
     """The project, up as a user would have it, with eight loaders; its first storm has ended."""
-    if shutil.which("docker") is None:
-        pytest.skip("there is no docker here")
-    info = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False)
-    if info.returncode:
-        pytest.skip(f"there is no container engine: {(info.stderr.strip().splitlines() or ['docker info fails'])[-1]}")
-    if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
-        pytest.skip("this docker has no compose command")
     project = Project()
     try:
         project("up", "--build", "--detach", "--scale", f"loader_svc={REPLICAS}")
@@ -133,49 +59,6 @@ async def stats_svc(project: Project) -> AsyncIterator[Client]:
         yield client
 
 
-async def events_of(client: Client, system: str) -> list[Event]:
-    return [event async for event in client.events(system, page_size=10_000)]
-
-
-def recount(events: list[Event]) -> dict[str, int]:
-    """Return the counters that follow from the events alone."""
-    counters = Counters()
-    for event in events:
-        if event.HasField("unload"):
-            counters.unloads += 1
-            continue
-        call = event.call
-        counters.add_call(
-            call.outcome,
-            syscall=call.syscall,
-            duplicate=call.duplicate,
-            image_bytes=call.image_bytes,
-            compressed_bytes=call.compressed_bytes,
-            mod_bytes=call.mod_bytes,
-            text_bytes=call.text_bytes,
-        )
-    return {name: getattr(counters, name) for name in COUNTER_NAMES}
-
-
-def counted(stats: Stats) -> dict[str, int]:
-    return {name: getattr(stats, name) for name in COUNTER_NAMES}
-
-
-async def check_consistent(client: Client, system: str) -> list[Event]:
-    """Check that a system's counters, events and report agree; return the events."""
-    stats = await client.stats(system)
-    events = await events_of(client, system)
-    assert [event.event_id for event in events] == list(range(1, stats.events + 1))
-    assert counted(stats) == recount(events)
-    assert stats.virtual_mem_wasted_bytes == sum(
-        getattr(stats, f"invalid_{what}_bytes") for what in ("kread", "decompress", "becoming", "mod")
-    )
-    kinds = Counter((event.call.outcome, event.call.errno) for event in events if event.HasField("call"))
-    assert stats.duplicates == sum(number for (_, errno), number in kinds.items() if errno in ("EEXIST", "EBUSY"))
-    assert stats.live_modules == stats.modcount - stats.unloads
-    return events
-
-
 def check_summary(summary: dict[str, Any], events: list[Event]) -> None:
     """Check what one loader says of its part of a storm against its events in a system that had only this storm.
 
@@ -190,14 +73,6 @@ def check_summary(summary: dict[str, Any], events: list[Event]) -> None:
     }
     unloads = sum(event.HasField("unload") and event.unload.loader == summary["loader"] for event in events)
     assert unloads == summary["unloads"]
-
-
-async def duplicates_beyond(client: Client, system: str, duplicates: int) -> None:
-    """Wait until a storm, which makes duplicates where its preparation makes none, has made more than so many."""
-    async with asyncio.timeout(120):
-        async for stats in client.watch(system, interval_seconds=0.05):
-            if stats.duplicates > duplicates:
-                return
 
 
 def test_all_replicas_are_up_and_well(project: Project) -> None:
@@ -312,7 +187,7 @@ async def test_counts_hold_while_loaders_come_and_go_under_load(project: Project
 
 async def test_the_volume_keeps_the_counts_over_down_and_up(project: Project) -> None:
     async with Client(stats=project.stats_address()) as client:
-        before = {system.id: counted(await client.stats(system.id)) async for system in client.systems()}
+        before = {system.id: named(await client.stats(system.id)) async for system in client.systems()}
         report = await client.report("adds-up")
     assert before["adds-up"]["calls"] > 0
 
@@ -320,7 +195,7 @@ async def test_the_volume_keeps_the_counts_over_down_and_up(project: Project) ->
     project("up", "--detach", "--wait", "stats_svc")
 
     async with Client(stats=project.stats_address()) as client:
-        after = {system.id: counted(await client.stats(system.id)) async for system in client.systems()}
+        after = {system.id: named(await client.stats(system.id)) async for system in client.systems()}
         assert after == before
         assert await client.report("adds-up") == report
 

@@ -128,6 +128,32 @@ def test_unload(cli_on: Cli) -> None:
     assert stats_of(cli_on)["unloads"] == 1
 
 
+def test_what_has_an_id_is_done_once(cli_on: Cli) -> None:
+    first = cli_on("load", "pcspkr", "--request-id", "first", "--json")
+    assert cli_on("unload", "pcspkr", "--request-id", "second") == Done(0, "", "")
+    assert cli_on("load", "pcspkr", "--request-id", "first", "--json") == first
+    assert cli_on("unload", "pcspkr", "--request-id", "second") == Done(0, "", "")
+    assert (stats_of(cli_on)["modcount"], stats_of(cli_on)["unloads"]) == (1, 1)
+    sentence = "modpressure: request_id 'first' was used for another request; it stands for that one for a day"
+    assert cli_on.fails(1, "load", "loop", "--request-id", "first") == sentence
+    sentence = "modpressure: --request-id x is for one module, but 2 are given"
+    assert cli_on.fails(2, "unload", "loop", "xfs", "--request-id", "x") == sentence
+
+
+def test_what_another_module_uses_is_listed_so_and_stays(cli_on: Cli) -> None:
+    cli_on("load", "xfs")
+    rows = {row[0]: row[1:] for row in (line.split() for line in cli_on("modules", "loaded").out.splitlines())}
+    assert rows["Module"][:3] == ["Size", "Used", "By"]
+    assert rows["libcrc32c"][1:4] == ["1", "xfs", "live"]
+    assert rows["xfs"][1:3] == ["0", "live"]
+    sentence = "modpressure unload: libcrc32c: EWOULDBLOCK: Resource temporarily unavailable"
+    assert cli_on.fails(1, "unload", "libcrc32c") == sentence
+    assert cli_on.fails(1, "unload", "--force", "libcrc32c") == sentence
+    [loaded] = [one for one in cli_on("modules", "loaded", "--json").json["modules"] if one["module"] == "libcrc32c"]
+    assert (loaded["references"], loaded["used_by"]) == (1, ["xfs"])
+    assert cli_on("unload", "xfs", "libcrc32c") == Done(0, "", "")
+
+
 # --- storms --------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +275,40 @@ def test_stats_as_text_have_every_counter(cli_on: Cli) -> None:
     counters = cli_on("stats", "--json").json
     assert counters == stats_of(cli_on)
     names = [line.split()[0] for line in cli_on("stats").out.splitlines()[1:]]
-    assert set(counters) <= set(names)
+    assert set(counters) - {"origins"} <= set(names)
+
+
+def test_the_kernel_asks_for_a_module(cli_on: Cli) -> None:
+    done = cli_on("request-module", "loop", "--requester", "mount")
+    assert (done.code, done.err) == (0, "modpressure request-module: loop: 0 (modprobe exited with 0)\n")
+    assert done.out.splitlines()[1].split()[:2] == ["loop", "live"]
+    again = cli_on("request-module", "loop", "--workers", "20", "--repeat", "2", "--json")
+    assert [request["calls"] for request in again.json["requests"]] == [[]] * 40
+    unknown = cli_on("request-module", "net-pf-99")
+    assert (unknown.code, unknown.err) == (
+        1,
+        "modpressure request-module: net-pf-99: 256 (modprobe exited with 1)\n",
+    )
+    [autoload] = cli_on("stats", "--json").json["origins"]
+    assert (autoload["origin"], autoload["requesters"][0]["requester"]) == ("ORIGIN_AUTOLOAD", "mount")
+    many = cli_on("request-module", "fs-xfs-none", "-w", "3")
+    assert many.code == 1
+    assert many.out.splitlines()[1].split()[:1] == ["256"]
+    assert "3 of 3 requests did not return 0" in many.err
+
+
+def test_stats_say_who_asked(cli_on: Cli) -> None:
+    cli_on("load", "pcspkr", "--no-deps", "--origin", "autoload", "--requester", "net/core")
+    cli_on("load", "pcspkr", "--no-deps", "--requester", "modprobe")
+    counters = cli_on("stats", "--json").json
+    userspace, autoload = counters["origins"]
+    assert (autoload["origin"], autoload["calls"], autoload["failures"]) == ("ORIGIN_AUTOLOAD", 1, 0)
+    assert (userspace["origin"], userspace["calls"], userspace["failures"]) == ("ORIGIN_USERSPACE", 1, 1)
+    assert userspace["requesters"][0]["requester"] == "modprobe"
+    assert userspace["wasted_bytes"] == counters["virtual_mem_wasted_bytes"] > 0
+    rows = [line.split() for line in cli_on("stats").out.splitlines()]
+    assert ["autoload", "1", "0", "0", "B"] in rows
+    assert ["net/core", "1", "0", "0", "B"] in rows
 
 
 def test_events_are_filtered_and_limited(cli_on: Cli) -> None:
@@ -341,6 +400,25 @@ def test_systems(machine: Up, system: str) -> None:
     assert other in cli.fails(1, "systems", "show", other)
     assert other in cli.fails(1, "systems", "delete", other)
     assert "'No'" in cli.fails(2, "systems", "create", "No")
+
+
+def test_a_system_with_limits(machine: Up, system: str) -> None:
+    cli = machine.cli
+    small = f"{system}-small"
+    cli("systems", "create", small, "--memory", "64MiB", "--module-area", "16k")
+    refused = cli("load", "pcspkr", "--system", small)
+    assert refused.code == 1
+    assert "ENOMEM" in refused.out + refused.err
+    event = cli("events", "--system", small, "--json").json
+    assert (event["call"]["outcome"], event["call"]["check"]) == ("OUTCOME_BECOMING", "memory: module area")
+    assert re.fullmatch(r"\d+ bytes asked, \d+ left", event["call"]["value"])
+    found = cli("systems", "show", small, "--json").json
+    assert found["limits"] == {"memory_bytes": 64 << 20, "vmalloc_bytes": 0, "module_area_bytes": 16 << 10}
+    assert set(found["taken"].values()) == {0}
+    assert 0 < found["peak_taken"]["module_area_bytes"] <= 16 << 10
+    rows = [line.split() for line in cli("systems", "show", small).out.splitlines()]
+    assert ["module", "area", "16.0", "KiB", "0", "B"] in [row[1:7] for row in rows]
+    assert "0 MiB" in cli.fails(2, "systems", "create", f"{small}-2", "--memory", "0 MiB")
 
 
 # --- up ------------------------------------------------------------------------------------------------------------

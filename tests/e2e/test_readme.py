@@ -42,11 +42,27 @@ def test_the_line_for_the_report_prints_it_as_a_person_would_see_it(machine: Up)
 
 
 def test_the_line_for_a_load_loads(machine: Up) -> None:
-    [line] = [line for line in shell_lines() if "LoadModule" in line]
+    [line] = [line for line in shell_lines() if "with_dependencies" in line]
     before = machine.cli("stats", "--json").json
     # The test's tree has other modules than the catalogue.
     answer = json.loads(typed(line.replace("nvme", "pcspkr"), machine))
     assert answer["call"]["outcome"] == "OUTCOME_LIVE"
     after = machine.cli("stats", "--json").json
     assert after["modcount"] == before["modcount"] + 1
+    assert machine.cli("unload", "pcspkr").code == 0
+
+
+def test_the_line_with_an_id_has_the_same_answer_twice(machine: Up) -> None:
+    [line] = [line.replace("nvme", "pcspkr") for line in shell_lines() if "request_id" in line]
+    first = json.loads(typed(line, machine))
+    assert first["call"]["outcome"] == "OUTCOME_LIVE"
+    assert machine.cli("unload", "pcspkr").code == 0
+    assert json.loads(typed(line, machine)) == first
+
+
+def test_the_line_for_a_request_of_the_kernel_asks(machine: Up) -> None:
+    [line] = [line for line in shell_lines() if "RequestModule" in line]
+    # The test's tree has other modules than the catalogue, and its files no aliases of the kernel's.
+    answer = json.loads(typed(line.replace("fs-xfs", "pcspkr"), machine))
+    assert [call["origin"] for call in answer["calls"]] == ["ORIGIN_AUTOLOAD"]
     assert machine.cli("unload", "pcspkr").code == 0

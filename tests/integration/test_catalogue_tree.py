@@ -19,9 +19,9 @@ from elftools.elf.elffile import ELFFile
 from loader_svc.catalogue import CatalogueError, catalogue_identity, catalogue_modules, catalogue_tree
 from loader_svc.catalogue import build as build_module
 from loader_svc.image import describe
-from loader_svc.local import LocalCall, LocalMachine
 from loader_svc.steps import CallSpec
 from loader_svc.trees import open_tree
+from loader_svc.virtual.machine import VirtualCall, VirtualFile, VirtualMachine
 from modpressure.kernel.identity_text import parse_identity
 from modpressure.kernel.outcome import Syscall
 from modpressure.kernel.policy import V6_5
@@ -211,7 +211,7 @@ def test_modinfo_reads_what_the_facts_say(plain):
 def test_all_modules_load_under_the_catalogues_kernel(tree):
     variant, root = tree
     identity = catalogue_identity()
-    machine, seen, ends = LocalMachine(identity), set(), {}
+    machine, seen, ends = VirtualMachine(identity), set(), {}
     for line in (root / "modules.dep").read_text().splitlines():
         path, _, needed = line.partition(":")
         for file in [*reversed(needed.split()), path]:
@@ -220,7 +220,7 @@ def test_all_modules_load_under_the_catalogues_kernel(tree):
             seen.add(file)
             name = Path(file).name.partition(".")[0].replace("-", "_")
             spec = CallSpec(name, file, V6_5, Syscall.FINIT_MODULE, 0 if variant == "plain" else 4)
-            ending = machine.call(LocalCall(spec, file, partial(os.open, root / file, os.O_RDONLY)))
+            ending = machine.call(VirtualCall(spec, VirtualFile(file, partial(os.open, root / file, os.O_RDONLY))))
             if ending.errno:
                 ends[name] = (ending.errno, ending.check, ending.value)
     assert ends == {}

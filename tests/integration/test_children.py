@@ -160,3 +160,13 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
+
+
+async def test_a_child_has_the_time_that_it_is_given(lines: Lines) -> None:
+    """As long as the services' own grace, whatever that is set to."""
+    children = Children(lambda child, line: lines.append((child.name, line)), stop_seconds=0.1)
+    child = await children.start("stubborn", ["stubborn"])
+    await child.address
+    async with asyncio.timeout(10):  # less than what is usual
+        await children.stop()
+    assert child.process.returncode == -signal.SIGKILL

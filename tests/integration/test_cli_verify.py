@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -63,6 +64,25 @@ def test_a_measured_row_without_its_file_does_not_agree(golden: Path, tmp_path: 
     assert document["differences"] == ["A common_symbol: not run, there is no file /t/common_symbol.ko"]
 
 
+def test_pairs_whose_files_are_away_are_not_run_and_said_so(golden: Path, tmp_path: Path) -> None:
+    script, table = tmp_path / "waits.script", tmp_path / "waits.csv"
+    script.write_text(
+        "w_success_copy waittest /t/away.ko 0 /t/away.ko.c0 1200 0 0 0\n"
+        "unmeasured waittest /t/orc_slow.ko 0 /t/other.ko 1200 0 0 0\n"
+    )
+    table.write_text("\n".join((golden / "waits.csv").read_text().splitlines()[:2]) + "\n")
+    files = ("--script", script, "--csv", table, "--files", golden / "bad-inputs")
+    code, out, _ = modpressure("verify", "waits", *files, "--init", golden / "init-results.csv")
+    assert (code, out.splitlines()) == (
+        1,
+        [
+            "A unmeasured: not run, there is no file /t/other.ko",
+            "A w_success_copy: not run, there is no file /t/away.ko",
+            "0 of 1 agree",
+        ],
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -90,6 +110,33 @@ def test_bad_usage_gets_one_sentence(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "table", "column", "value"),
+    [
+        ("storms", "storms.csv", "N", "2147483648"),
+        ("storms", "storms.csv", "N", "0"),
+        ("storms", "storms.csv", "smp", "-3"),
+        ("stress", "stress-workers.csv", "workers", "99999999999"),
+        ("stress", "stress-workers.csv", "workers", "many"),
+    ],
+)
+def test_absurd_numbers_of_a_table_are_named_and_not_simulated(
+    golden: Path, tmp_path: Path, kind: str, table: str, column: str, value: str
+) -> None:
+    with (golden / table).open() as file:
+        reader = csv.DictReader(file)
+        row = next(reader)
+    with (tmp_path / table).open("w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or ())
+        writer.writeheader()
+        writer.writerow(row | {column: value})
+    code, out, err = modpressure("verify", kind, "--csv", tmp_path / table, "--files", golden / "ko")
+    assert (code, out) == (2, "")
+    assert f"column {column}: " in err
+    assert value in err
+    assert err.count("\n") == 1
+
+
 def test_an_identity_is_made_shown_and_used(golden: Path, tmp_path: Path) -> None:
     made = tmp_path / "mine.toml"
     symvers = golden / "kernel-identity" / "Module.symvers.xz"
@@ -113,3 +160,54 @@ def test_an_identity_is_made_shown_and_used(golden: Path, tmp_path: Path) -> Non
             "this_module_wrong_size",
         )
     }
+
+
+# --- whole boots ---
+
+
+def some_boots(golden: Path, directory: Path, names: tuple[str, ...]) -> Path:
+    """Make a directory of recorded boots that has only some of them."""
+    directory.mkdir()
+    rows = (golden / "boots" / "boots.csv").read_text().splitlines()
+    kept = [row for row in rows[1:] if row.rpartition(",")[2] in names]
+    (directory / "boots.csv").write_text("\n".join([rows[0], *kept]) + "\n")
+    for name in ("uevents", "env", "calls", "traces", "modroot.tar.xz", "dups-wide.csv", "initfail-wide.csv"):
+        (directory / name).symlink_to(golden / "boots" / name)
+    return directory
+
+
+def test_recorded_boots_are_booted_again_and_held_against_what_was_recorded(golden: Path, tmp_path: Path) -> None:
+    calibrating = some_boots(golden, tmp_path / "two", ("B-N2-r1",))
+    others = some_boots(golden, tmp_path / "four", ("B-N4-r1", "A-N4-r1"))
+    code, out, err = modpressure(
+        "verify", "boots", others, "--calibrate", calibrating, "--repeat", 1, "--calls", "--json", "--jobs", 1
+    )
+    assert err == ""
+    document = json.loads(out)
+    assert document["calibrated_from"] == ["B-N2-r1"]
+    assert [table["boots"] for table in document["tables"]] == [["A-N4-r1"], ["B-N4-r1"]]
+    for table in document["tables"]:
+        rows = {row["what"]: row for row in table["rows"]}
+        for what, value in (("workers", "24"), ("modules loaded", "110"), ("total module size", "11497472")):
+            assert (rows[what]["recorded"], rows[what]["simulated"], rows[what]["agrees"]) == (value, value, True)
+    shared, single = document["tables"]
+    assert shared["rows"][0]["bound"] == "at most 2 a boot"
+    assert {"module": "kvm", "recorded": "3", "simulated": "3"} in single["modules"]
+    assert [(each["agreed"], each["total"], each["differences"]) for each in document["calls"]] == [
+        (222, 222, []),
+        (233, 233, []),
+    ]
+    assert code == (0 if document["agreed"] == document["total"] else 1)
+
+
+def test_boots_that_cannot_be_booted_again_are_refused_in_one_sentence(golden: Path, tmp_path: Path) -> None:
+    four = some_boots(golden, tmp_path / "four", ("B-N4-r1",))
+    code, out, err = modpressure("verify", "boots", four)
+    assert (code, out) == (2, "")
+    assert "has no boot with 2 CPUs and a trace: --calibrate DIR names one" in err
+    assert "boots.csv" in modpressure("verify", "boots", tmp_path)[2]
+    two = some_boots(golden, tmp_path / "two", ("B-N2-r1",))
+    (two / "modroot.tar.xz").unlink()
+    assert "--tree names the modules" in modpressure("verify", "boots", two)[2]
+    (two / "modroot.tar.xz").write_bytes(b"no archive")
+    assert "can't be unpacked" in modpressure("verify", "boots", two)[2]

@@ -21,6 +21,7 @@ from modpressure.errors import (
     NotFound,
     NotNow,
     OverLimit,
+    Overloaded,
     Unavailable,
 )
 from modpressure.grpc_errors import translate_errors
@@ -190,6 +191,47 @@ async def test_pages_are_put_together() -> None:
 
     async with serving(Paged()) as address, Client(stats=address) as client:
         assert [system.id async for system in client.systems()] == ["s0", "s2", "s3"]
+
+
+class Watched(StatsServiceServicer):
+    """Tells how many calls there are, and is cut off, or not there, in turn."""
+
+    def __init__(self, ends: list[ModpressureError | None]) -> None:
+        self.ends = ends
+        self.asked = 0
+
+    async def WatchStats(
+        self, request: stats_pb.WatchStatsRequest, context: Any
+    ) -> AsyncIterator[stats_pb.WatchStatsResponse]:
+        """Tell the number, and end as it is said."""
+        async with translate_errors(context, "Stats.WatchStats"):
+            end = self.ends[self.asked]
+            self.asked += 1
+            if not isinstance(end, Overloaded):
+                yield stats_pb.WatchStatsResponse(stats=stats_pb.Stats(calls=self.asked // 2))
+            if end is not None:
+                raise end
+
+
+async def test_a_watch_goes_on_after_a_cut_and_tells_nothing_twice() -> None:
+    away, full = Unavailable("stats_svc is stopping"), Overloaded("too many", retry_seconds=0.01)
+    servicer = Watched([away, away, full, away, None])
+    async with serving(servicer) as address, Client(stats=address) as client:
+        assert [told.calls async for told in client.watch()] == [0, 1, 2]
+    assert servicer.asked == 5
+
+
+async def test_a_watch_ends_if_nobody_comes_back_in_time() -> None:
+    servicer = Watched([Unavailable("stats_svc is stopping")])
+    async with serving(servicer) as address, Client(stats=address, timeout_seconds=0.3) as client:
+        watch = client.watch()
+        assert (await anext(watch)).calls == 0
+        servicer.ends += [Overloaded("too many", retry_seconds=9)]
+        with pytest.raises(OverLimit, match="too many"):
+            await anext(watch)
+    async with Client(stats=address) as client:
+        with pytest.raises(NoAnswer, match=f"no answer from stats_svc at {address}"):
+            await anext(client.watch())
 
 
 async def test_a_client_without_loaders_is_refused() -> None:

@@ -31,7 +31,8 @@ from modpressure.errors import (
 )
 from modpressure.grpc_errors import INTERNAL_SENTENCE, status_code_of, translate_errors
 from modpressure.grpc_server import CannotListen, GrpcServer, split_address
-from modpressure.v1 import stats_service_pb2, stats_service_pb2_grpc
+from modpressure.v1 import ledger_service_pb2, loader_service_pb2, stats_service_pb2, stats_service_pb2_grpc
+from tests.services import Process
 
 SERVICE = "modpressure.v1.StatsService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -244,7 +245,8 @@ SERVER_PROGRAM = """
 import asyncio, sys
 from modpressure import aio
 from modpressure.grpc_server import GrpcServer
-from modpressure.v1 import stats_service_pb2, stats_service_pb2_grpc
+from modpressure.v1 import ledger_service_pb2, loader_service_pb2, stats_service_pb2, stats_service_pb2_grpc
+from tests.services import Process
 
 class Slow(stats_service_pb2_grpc.StatsServiceServicer):
     async def GetStats(self, request, context):
@@ -290,3 +292,137 @@ async def test_a_signal_lets_calls_in_flight_end_and_a_second_one_hurries(system
         rest = await process.stdout.read()
         assert rest.endswith(b"ended\n")
         assert await process.wait() == 0
+
+
+NOT_A_MESSAGE = b"\x0a\xff"
+"""A field of a length that is not there."""
+
+
+async def status_of_bytes(call: Any) -> tuple[Any, str]:
+    return await call.code(), await call.details()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/modpressure.v1.StatsService/GetStats",
+        "/modpressure.v1.StatsService/WatchStats",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_what_is_no_message_is_the_callers_mistake(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(Raising())
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        if method.endswith("Info"):
+            stream = channel.stream_stream(method)()
+            await stream.write(NOT_A_MESSAGE)
+            answer = await status_of_bytes(stream)
+        elif "Watch" in method:
+            answer = await status_of_bytes(channel.unary_stream(method)(NOT_A_MESSAGE))
+        else:
+            answer = await status_of_bytes(channel.unary_unary(method)(NOT_A_MESSAGE))
+    await server.stop()
+    name = method.rpartition(".")[2]
+    sentence = f"what was sent to {name}, 2 bytes, is not the message that it takes"
+    assert answer == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
+    assert not caplog.records, "a traceback of it in the log is noise that anybody can make"
+
+
+async def test_what_is_no_message_is_refused_in_the_middle_of_a_stream(stats: Process, loader: Process) -> None:
+    hello = ledger_service_pb2.ConnectRequest(hello=ledger_service_pb2.Hello(instance_id="malformed", loader="x"))
+    load = loader_service_pb2.LoadModulesRequest(requests=[loader_service_pb2.ModuleRequest(tag=1)])
+    for address, method, first in (
+        (stats.address, "LedgerService/Connect", hello),
+        (loader.address, "LoaderService/LoadModules", load),
+    ):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stream = channel.stream_stream(f"/modpressure.v1.{method}")()
+            await stream.write(first.SerializeToString())
+            assert await stream.read()
+            await stream.write(NOT_A_MESSAGE)
+            assert await stream.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert method in await stream.details()
+
+
+async def test_health_of_all_services_is_listed() -> None:
+    server = serve(Raising())
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        listed = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+    await server.stop()
+    assert {name: answer.status for name, answer in listed.statuses.items()} == {"": SERVING, SERVICE: SERVING}
+
+
+class Left:
+    """The context of an RPC whose client has just left, as ``make fuzz`` met it."""
+
+    async def abort_with_status(self, status: Any) -> None:
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+async def test_who_has_left_needs_no_status() -> None:
+    with pytest.raises(asyncio.CancelledError):
+        async with translate_errors(Left(), "Loader.LoadModules"):
+            raise BadRequest("copy -1 is negative")
+
+
+class Hanging(stats_service_pb2_grpc.StatsServiceServicer):
+    """Answers nothing: it waits, or waits for something that is given up."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Semaphore(0)
+        self.given_up: asyncio.Future[None] | None = None
+
+    async def GetStats(self, request: Any, context: Any) -> Any:
+        async with translate_errors(context, "Hanging.GetStats"):
+            self.begun.release()
+            if self.given_up is not None:
+                self.given_up.cancel()
+                await self.given_up
+            await asyncio.Event().wait()
+
+    async def WatchStats(self, request: Any, context: Any) -> Any:
+        async with translate_errors(context, "Hanging.WatchStats"):
+            yield stats_service_pb2.WatchStatsResponse()
+            self.begun.release()
+            await asyncio.Event().wait()
+
+
+async def test_rpcs_that_a_stop_cuts_off_are_unavailable_and_never_cancelled() -> None:
+    for grace_seconds in (0.0, 0.1) * 15:
+        servicer = Hanging()
+        server = serve(servicer)
+        address = await server.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+
+            async def watch(stub: Any = stub) -> None:
+                async for _ in stub.WatchStats(stats_service_pb2.WatchStatsRequest()):
+                    pass
+
+            calls = [asyncio.ensure_future(watch()) for _ in range(3)]
+            calls += [asyncio.ensure_future(_unary(stub)) for _ in range(3)]
+            for _ in calls:
+                await servicer.begun.acquire()
+            await server.stop(grace_seconds)
+            ends = await asyncio.gather(*calls, return_exceptions=True)
+        said = {(e.code(), e.details()) for e in ends if isinstance(e, grpc.aio.AioRpcError)}
+        assert said == {(grpc.StatusCode.UNAVAILABLE, "the server is stopping")}
+
+
+async def _unary(stub: Any) -> None:
+    await stub.GetStats(stats_service_pb2.GetStatsRequest())
+
+
+async def test_who_waits_for_what_was_given_up_is_told() -> None:
+    servicer = Hanging()
+    servicer.given_up = asyncio.get_running_loop().create_future()
+    server = serve(servicer)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="what the request waited for was cut off") as refused:
+            await stub.GetStats(stats_service_pb2.GetStatsRequest(), timeout=60)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    await server.stop(0)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gzip
 import lzma
 import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -18,12 +23,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loader_svc.catalogue import catalogue_tree
 from loader_svc.trees import open_tree
-from modpressure.kernel.counters import COUNTER_NAMES, Counters
+from modpressure.kernel.counters import Counters
 from modpressure.v1 import call_pb2, stats_service_pb2
 from modpressure.v1 import ledger_service_pb2 as ledger
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 from modpressure.v1.stats_service_pb2_grpc import StatsServiceStub
+from tests.recount import named, recount
 from tests.services import Hand, Launch, Process
 
 SERVICE = "modpressure.v1.LoaderService"
@@ -115,25 +121,12 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -
 
 def counted(calls: list[call_pb2.Call]) -> Counters:
     """Return what follows from calls' own results."""
-    counters = Counters()
-    for call in calls:
-        counters.add_call(
-            call.outcome,
-            syscall=call.syscall,
-            duplicate=call.duplicate,
-            image_bytes=call.image_bytes,
-            compressed_bytes=call.compressed_bytes,
-            mod_bytes=call.mod_bytes,
-            text_bytes=call.text_bytes,
-        )
-    return counters
+    return recount(call_pb2.Event(call=call) for call in calls)
 
 
 def assert_same(stats: stats_service_pb2.Stats, counters: Counters) -> None:
     """Fail unless all counters of the service are these."""
-    assert {name: getattr(stats, name) for name in COUNTER_NAMES} == {
-        name: getattr(counters, name) for name in COUNTER_NAMES
-    }
+    assert named(stats) == named(counters)
 
 
 async def failure(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
@@ -341,6 +334,32 @@ async def test_requests_that_make_no_sense_name_the_value_and_count_nothing(
     assert (stats.calls, stats.events, stats.held_bytes) == (0, 0, 0)
 
 
+async def test_the_kernel_of_the_catalogue_wants_what_a_module_depends_on(start: StartMachine) -> None:
+    machine = await start("--identity", "catalogue")
+    call = await machine.load("xfs")
+    assert (call.outcome, call.errno) == (call_pb2.OUTCOME_LOAD, "ENOENT")
+    assert call.check.startswith("symbols")
+    assert (await machine.load("xfs", with_dependencies=True)).outcome == call_pb2.OUTCOME_LIVE
+
+
+def test_an_interrupted_start_ends_without_a_word(tmp_path: Path, plain_tree: Path) -> None:
+    # Somebody builds the catalogue already, so that the start takes as long as the test needs.
+    root = tmp_path / "catalogue" / plain_tree.parents[2].name
+    root.parent.mkdir()
+    lock_path = root.with_name(f".{root.name}.lock")
+    arguments = ("--listen", "127.0.0.1:0", "--cache-dir", str(tmp_path))
+    with lock_path.open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        popen = subprocess.Popen([sys.executable, "-m", "loader_svc", *arguments], stderr=subprocess.PIPE, text=True)
+        # A reader of /proc/locks sees who waits for what is locked.
+        while not re.search(rf"-> FLOCK .* {popen.pid} ", Path("/proc/locks").read_text()):
+            assert popen.poll() is None
+        popen.send_signal(signal.SIGINT)
+        root.mkdir()
+    _, said = popen.communicate(timeout=60)
+    assert (popen.returncode, said) == (130, "")
+
+
 # --- memory ---
 
 
@@ -395,6 +414,22 @@ async def test_what_can_never_fit_is_refused_with_both_numbers(start: StartMachi
     code, sentence = await failure(machine.load("minix"))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert str(10 << 20) in sentence
+
+
+async def test_describing_a_module_waits_for_memory_as_a_call_does(
+    start: StartMachine, big_tree: Path, hand: Hand
+) -> None:
+    machine = await start("--tree", str(big_tree), "--memory-limit", "100MiB")
+    await hand.reserve(2, "minix")
+    load = asyncio.ensure_future(machine.load("minix", policy=call_pb2.POLICY_V6_3))
+    await until(machine.someone_waits)
+    request = pb.GetModuleRequest(module="minix")
+    code, _ = await failure(machine.loader.GetModule(request, timeout=0.5))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    describing = asyncio.ensure_future(machine.loader.GetModule(request, timeout=60))
+    await hand.give_up(2, "minix")
+    await load
+    assert (await describing).module.image_bytes == 64 << 20
 
 
 # --- waits, and who goes away ---
@@ -496,6 +531,40 @@ async def test_calls_in_flight_survive_a_stats_svc_that_is_killed_and_are_counte
     await machine.close()
 
 
+async def test_another_database_is_a_new_beginning(launch: Launch, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start_stats(database: str) -> Process:
+        return launch("stats_svc", "--listen", f"127.0.0.1:{port}", "--database", str(tmp_path / database))
+
+    stats = start_stats("first.sqlite3")
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
+    machine = Machine(loader, stats, "default")
+    await until(machine.serving)
+    before = await machine.load("minix")
+    assert before.held_bytes > 0
+    stats.kill()
+    start_stats("second.sqlite3")
+
+    async def loads() -> bool:
+        try:
+            call = await machine.load("romfs")
+        except grpc.aio.AioRpcError as error:
+            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION), error
+            return False
+        # What was live in the other database is live in none, and its memory is free.
+        assert call.outcome == call_pb2.OUTCOME_LIVE
+        assert call.held_bytes == call.mod_bytes
+        assert call.instance_id != before.instance_id
+        return True
+
+    await until(loads)
+    assert (await machine.counters()).modcount == 1
+    await machine.close()
+
+
 # --- many ---
 
 
@@ -554,6 +623,17 @@ async def test_a_storm_that_loads_once_leaves_one_live_module_each(machine: Mach
     assert summary.unloads == 0
     loaded = await machine.stats.ListLoadedModules(stats_service_pb2.ListLoadedModulesRequest(system=machine.system))
     assert "xfs" in {module.module for module in loaded.modules}
+
+
+async def test_a_storm_on_modules_that_use_one_another_ends(machine: Machine) -> None:
+    for module in ("libcrc32c", "xfs"):
+        await machine.load(module)
+    code, sentence = await failure(storm(machine, modules=["libcrc32c"], workers=1, operations=1))
+    assert (code, "'libcrc32c'" in sentence) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    # Before its start both are unloaded, whichever is named first.
+    summary = await storm(machine, modules=["libcrc32c", "xfs"], workers=4, operations=3)
+    assert (summary.operations, summary.unloads, summary.errors) == (24, 24, 0)
+    assert (await machine.counters()).live_modules == 0
 
 
 @pytest.mark.parametrize(
@@ -632,3 +712,11 @@ async def test_modules_are_listed_page_by_page_and_described(machine: Machine, p
     assert described.load_order[-1].startswith("insmod ")
     filtered = await machine.loader.ListModules(pb.ListModulesRequest(filter="virtio-p*"))
     assert {module.name[:8] for module in filtered.modules} == {"virtio_p"}
+
+
+async def test_a_long_pattern_is_refused_at_once(machine: Machine) -> None:
+    """Half a megabyte of pattern once held everything up for longer than a client waits."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await machine.loader.ListModules(pb.ListModulesRequest(filter="a*" * 250_000))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details() == "filter 'a*a*a*a*a*a*a*a*a*a*'… is longer than 128 bytes"

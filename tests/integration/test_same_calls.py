@@ -1,4 +1,4 @@
-"""The same calls come to the same counters: on the local driver, on one loader, on eight replicas of one."""
+"""The same calls come to the same counters: on the virtual driver, on one loader, on eight replicas of one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from loader_svc.local import LocalCall, LocalMachine
+from loader_svc.image import Algorithm
 from loader_svc.steps import CallSpec
+from loader_svc.virtual.machine import VirtualCall, VirtualFile, VirtualMachine
 from modpressure.identity_files import load_identity
 from modpressure.kernel.counters import KERNEL_COUNTER_NAMES
 from modpressure.kernel.outcome import Outcome, Syscall
@@ -28,21 +29,27 @@ IDENTITY = "measured-6.12"
 LOADED_TWICE = ("minix", "unknown_symbol", "wrong_machine")
 NUMBERS = {"v6.3": call_pb2.POLICY_V6_3, "v6.4": call_pb2.POLICY_V6_4, "v6.5": call_pb2.POLICY_V6_5}
 
+PACKINGS: dict[str, Algorithm] = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+
 Result = tuple[str, str, str, str]
 
 
 @pytest.fixture(scope="module")
 def tree(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain module files of the measured failures."""
+    """The files of the measured failures, each under a name of its own: plain, packed, and what is no module at all."""
     root = tmp_path_factory.mktemp("tree")
-    for path in (shared_dir / "data" / "golden" / "bad-inputs").glob("*.ko"):
-        shutil.copy(path, root)
+    files = list((shared_dir / "data" / "golden" / "bad-inputs").iterdir())
+    for path in files:
+        suffix = path.suffix if path.suffix in PACKINGS else ""
+        name = path.name.removesuffix(".ko") if not suffix else path.name.replace(".", "_")
+        shutil.copy(path, root / f"{name.partition('.')[0]}.ko{suffix}")
+    assert len(list(root.iterdir())) == len(files)
     return root
 
 
 def calls(tree: Path) -> Iterator[tuple[str, int, str]]:
     """Yield file's name, flags and parameters of each call to be made."""
-    for name in sorted(path.stem for path in tree.glob("*.ko")):
+    for name in sorted(path.name.partition(".")[0] for path in tree.iterdir()):
         for _ in range(1 + (name in LOADED_TWICE)):
             yield name, 0, ""
     yield "wrong_vermagic", 2, ""
@@ -52,12 +59,17 @@ def calls(tree: Path) -> Iterator[tuple[str, int, str]]:
 
 
 def local(tree: Path, policy: str) -> tuple[list[Result], dict[str, int]]:
-    machine = LocalMachine(load_identity(IDENTITY))
+    machine = VirtualMachine(load_identity(IDENTITY))
     results = []
     for name, flags, parameters in calls(tree):
-        path = tree / f"{name}.ko"
-        spec = CallSpec(name, str(path), POLICIES[policy], Syscall.FINIT_MODULE, flags, parameters)
-        ending = machine.call(LocalCall(spec, str(path), partial(os_open, path, O_RDONLY)))
+        [path] = tree.glob(f"{name}.ko*")
+        packing = PACKINGS.get(path.suffix)
+        # libkmod 34: the kernel unpacks what it can, all else is unpacked before init_module.
+        by_kernel = packing in machine.identity.decompressors
+        syscall = Syscall.FINIT_MODULE if by_kernel or packing is None else Syscall.INIT_MODULE
+        spec = CallSpec(name, str(path), POLICIES[policy], syscall, flags | 4 * by_kernel, parameters)
+        file = VirtualFile(str(path), partial(os_open, path, O_RDONLY), packing)
+        ending = machine.call(VirtualCall(spec, file))
         results.append((ending.outcome.word, ending.errno, ending.check, ending.module))
         if ending.outcome is Outcome.LIVE and name not in LOADED_TWICE:
             assert not machine.remove(ending.module)
@@ -91,12 +103,16 @@ async def served(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [1, 8])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("replicas", "database"), [(1, "sqlite"), (8, "sqlite"), (8, "postgresql")])
 async def test_the_same_calls_give_the_same_results_and_counters(
-    launch: Launch, tree: Path, tmp_path: Path, replicas: int
+    request: pytest.FixtureRequest, launch: Launch, tree: Path, tmp_path: Path, replicas: int, database: str
 ) -> None:
-    stats = launch("stats_svc", "--listen", "127.0.0.1:0", "--database", str(tmp_path / "stats.sqlite3"))
+    on_postgresql = database == "postgresql"
+    location = request.getfixturevalue("postgres_database") if on_postgresql else str(tmp_path / "stats.sqlite3")
+    stats = launch("stats_svc", "--listen", "127.0.0.1:0", "--database", location)
     options = ("--stats", stats.address, "--tree", str(tree), "--identity", IDENTITY, "--cache-dir", str(tmp_path))
+    options += ("--kmod", "34")
     loaders = [launch("loader_svc", "--listen", "127.0.0.1:0", *options).address for _ in range(replicas)]
     for policy in NUMBERS:
         expected = local(tree, policy)

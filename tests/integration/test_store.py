@@ -1,8 +1,4 @@
-"""What the ledger and the servicers rely on of a store, on every database that there is.
-
-PostgreSQL joins in when MODPRESSURE_TEST_POSTGRES_URL names a server on which databases may be created, such as
-postgresql://postgres@127.0.0.1/postgres.
-"""
+"""What the ledger and the servicers rely on of a store, on every database that there is."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +18,7 @@ import sqlalchemy as sa
 
 from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
 from modpressure.kernel.modules_list import State
+from modpressure.kernel.requesters import Requester, Tally
 from modpressure.v1 import call_pb2, ledger_service_pb2
 from stats_svc import schema
 from stats_svc.events import EventFilter, EventLog
@@ -39,8 +36,6 @@ from stats_svc.rows import (
 )
 from stats_svc.store import SqlStore
 
-POSTGRES = "MODPRESSURE_TEST_POSTGRES_URL"
-
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
@@ -48,20 +43,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield str(tmp_path / "stats.sqlite3")
         return
-    server = os.environ.get(POSTGRES)
-    if not server:
-        pytest.skip(f"{POSTGRES} names no PostgreSQL server")
-    url = sa.make_url(server).set(drivername="postgresql+psycopg")
-    name = f"modpressure_test_{uuid.uuid4().hex}"
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    try:
-        yield url.set(database=name).render_as_string(hide_password=False)
-    finally:
-        with engine.connect() as connection:
-            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-        engine.dispose()
+    yield request.getfixturevalue("postgres_database")
 
 
 Open = Callable[[], SqlStore]
@@ -137,6 +119,23 @@ def test_counters_are_added_and_the_peak_only_rises(open_store: Open) -> None:
     assert open_store().system("absent") is None
 
 
+def test_requesters_add_up_are_found_again_and_go_with_a_reset(open_store: Open) -> None:
+    store = open_store()
+    store.commit(created("default", "other"))
+    udev, kernel = Requester(1, "udev"), Requester(2, "")
+    for tallies in ({udev: Tally(2, 1, 100)}, {udev: Tally(3, 3, 50), kernel: Tally(1)}):
+        store.commit(added("default", SystemDelta(requesters=defaultdict(Tally, tallies))))
+    store = open_store()
+    found = store.stats("default")
+    assert found is not None
+    assert found[1] == {udev: Tally(5, 4, 150), kernel: Tally(1)}
+    assert {key: set(known) for key, known in store.load().requesters.items()} == {"default": {udev, kernel}}
+    store.commit(Commit(1, [Changes(reset=("default", 7)), Changes(delete="other")], []))
+    found = store.stats("default")
+    assert found is not None and found[1] == {}
+    assert store.stats("other") is None
+
+
 def test_numbers_are_exact_to_63_bits(open_store: Open) -> None:
     store = open_store()
     store.commit(created("default"))
@@ -201,13 +200,19 @@ def test_systems_are_listed_by_the_bytes_of_their_ids(open_store: Open) -> None:
     assert [row.id for row in store.systems(after_id="a-b", limit=2)] == ["a0", "aa"]
 
 
-def test_instances_are_overwritten_and_forgotten_after_a_week(open_store: Open) -> None:
+def test_instances_are_overwritten_and_those_that_are_over_forgotten(open_store: Open) -> None:
     store = open_store()
-    now_ns = 10**18
-    fresh = 4 * 10**18
-    store.commit(Commit(1, [Changes()], [InstanceRow("old", "x", 1, now_ns), InstanceRow("new", "y", 1, fresh)]))
-    store.commit(Commit(1, [Changes()], [InstanceRow("new", "z", 7, fresh)]))
-    assert store.load().instances == [InstanceRow("new", "z", 7, fresh)]
+    old, new = 10**18, 4 * 10**18
+    rows = [InstanceRow("idle", "x", 1, old), InstanceRow("new", "y", 1, new)]
+    over = [InstanceRow(f"over-{n}", "z", 1, old, 1) for n in range(3)] + [InstanceRow("just", "z", 1, new, 2)]
+    store.commit(Commit(1, [Changes()], [*rows, *over]))
+    store.commit(Commit(1, [Changes()], [InstanceRow("new", "z", 7, new)]))
+    # What is over is not kept in memory.
+    assert sorted(row.instance_id for row in store.load().instances) == ["idle", "new"]
+    assert store.instance("new") == InstanceRow("new", "z", 7, new)
+    assert store.instance("over-1") == over[1] and store.instance("absent") is None
+    assert [store.prune_instances(before_ns=old + 1, most=2) for _ in range(3)] == [2, 1, 0]
+    assert store.instance("over-1") is None and store.instance("just") is not None and store.instance("idle")
 
 
 def test_reset_and_delete_come_in_the_order_in_which_they_were_asked(open_store: Open) -> None:
@@ -310,7 +315,7 @@ def test_segments_that_a_reset_removed_do_not_confuse_who_was_seen_after_them(op
 def test_a_second_writer_is_refused(open_store: Open, location: str) -> None:
     store = open_store()
     with (
-        pytest.raises(StoreError, match="in use by another stats_svc"),
+        pytest.raises(StoreError, match=r"(in use|written to) by another stats_svc"),
         contextlib.closing(SqlStore(location)) as other,
     ):
         other.load()
@@ -328,7 +333,9 @@ def test_a_database_from_the_future_is_refused(open_store: Open, location: str) 
     with engine.begin() as connection:
         connection.execute(sa.update(schema.about).values(schema_version=99))
     engine.dispose()
-    with pytest.raises(StoreError, match="has version 99 of the tables; this program knows versions up to 1"):
+    with pytest.raises(
+        StoreError, match=f"has version 99 of the tables; this program knows versions up to {schema.SCHEMA_VERSION}"
+    ):
         SqlStore(location)
 
 

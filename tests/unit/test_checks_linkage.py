@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loader_svc.checks.exports import Exporter, TreeExporters
+from loader_svc.checks.exports import Exporter
 from loader_svc.checks.linkage import Linkage
 from loader_svc.image import plan_layout, read_elf
 from loader_svc.steps import Caller, CallSpec, Failure
@@ -87,6 +87,16 @@ class Tiny:
 @pytest.fixture
 def tiny(make_module: Make, make_section: Make) -> Tiny:
     return Tiny(make_module, make_section)
+
+
+@pytest.mark.parametrize(("data", "expected"), [(b"", 0), (bytes(24), 3), (bytes(31), 3)])
+def test_calls_that_are_made_direct_ones_are_counted(tiny: Tiny, data: bytes, expected: int) -> None:
+    tiny.sections.append(tiny.make_section(".static_call_sites", data, ALLOC | WRITE))
+    assert tiny.linkage().static_calls == expected
+
+
+def test_a_module_without_static_calls_has_none(tiny: Tiny) -> None:
+    assert tiny.linkage().static_calls == 0
 
 
 # --- symbols ---
@@ -171,14 +181,6 @@ def test_being_proprietary_is_inherited_and_keeps_from_gpl_only_symbols(tiny: Ti
     assert tiny.says(live=live) == ("ENOENT", "symbols: proprietary")
 
 
-def test_a_tree_stands_for_the_live_modules_where_those_are_not_known(tiny: Tiny) -> None:
-    tiny.wants = [("theirs", 1)]
-    tree = TreeExporters({"theirs": "a"}.get)
-    assert tiny.linkage().resolve(tree).failure is None
-    tiny.wants = [("absent", 1)]
-    assert tiny.linkage().resolve(tree).failure is not None
-
-
 # --- relocations ---
 
 
@@ -201,11 +203,18 @@ def rela(offset: int, kind: int, symbol: int = 1, addend: int = 0) -> bytes:
         (rela(0, 2, symbol=999), "relocations: symbol"),
         (rela(0, 10, symbol=3), "relocations: overflow"),
         (rela(0, 10, symbol=2), None),
+        (rela(0, 11) + rela(4, 11, addend=-4), None),
+        (rela(0, 11) + rela(4, 11, symbol=3, addend=2**31), "relocations: overflow"),
+        (rela(0, 11) + rela(4, 11, symbol=3, addend=-(2**40)), "relocations: overflow"),
+        (rela(0, 11) + rela(4, 2, symbol=3, addend=2**40), None),
+        (rela(0, 11) + rela(4, 10, symbol=4, addend=1), None),
+        (rela(0, 11) + rela(4, 10, symbol=4, addend=-1), "relocations: overflow"),
+        (rela(0, 11) + rela(4, 11, symbol=4, addend=-1), None),
         (b"", None),
     ],
 )
 def test_relocations(tiny: Tiny, make_section: Make, content: bytes, expected: str | None) -> None:
-    tiny.wants, tiny.others = [("printk", 1)], [("here", 1, 1)]
+    tiny.wants, tiny.others = [("printk", 1)], [("here", 1, 1), ("absolute", 0xFFF1, 1)]
     # Section 4, after .text, .modinfo and this_module: 32 bytes of zeros, then 32 of ones.
     tiny.sections = [
         make_section(".rodata", bytes(32) + b"\1" * 32, ALLOC),
@@ -215,6 +224,14 @@ def test_relocations(tiny: Tiny, make_section: Make, content: bytes, expected: s
     assert (failure and failure.check) == expected
     if failure:
         assert failure.errno == "ENOEXEC"
+
+
+def test_what_is_per_cpu_is_copied_and_not_relocated(tiny: Tiny, make_section: Make) -> None:
+    tiny.sections = [
+        make_section(".data..percpu", b"\1" * 32, ALLOC | 1),
+        make_section(".rela.data..percpu", rela(0, 200) + rela(0, 1), 0, RELA, info=4),
+    ]
+    assert tiny.failure() is None
 
 
 @pytest.mark.parametrize(

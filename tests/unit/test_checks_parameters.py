@@ -41,7 +41,7 @@ def errno(kind: str, value: str | None) -> str:
         ("hexint", ["0xffffffff"], ["g"], ["0x100000000"]),
         ("long", [str(2**63 - 1), str(-(2**63))], ["l"], [str(2**63)]),
         ("ulong", [str(2**64 - 1)], ["-1"], [str(2**64)]),
-        ("ullong", [str(2**64 - 1)], ["-1"], [str(2**64), "0" * 100 + "7" * 100]),
+        ("ullong", [str(2**64 - 1)], ["-1"], [str(2**64), "0" * 100 + "7" * 100, str(2**64) + "x"]),
         ("bool", ["y", "N", "1", "0", "on", "OFF", "true", "Yes"], ["", "2", "o", "x"], []),
         ("invbool", ["y", "n"], ["maybe"], []),
         ("bint", ["1", "n"], ["5"], []),
@@ -96,3 +96,21 @@ def test_any_text_is_parsed(text: str) -> None:
 def test_every_whole_number_is_in_range_or_out_of_it(number: int) -> None:
     assert errno("int", str(number)) == ("" if -(2**31) <= number < 2**31 else "ERANGE")
     assert errno("ullong", str(number)) == ("EINVAL" if number < 0 else "" if number < 2**64 else "ERANGE")
+
+
+@pytest.mark.parametrize(
+    ("most", "value", "expected"),
+    [
+        (3, "1,2,3", ""),
+        (3, "1,2,3,4", "EINVAL"),
+        (3, "1,2,3,", "EINVAL"),
+        (1, "5", ""),
+        # Elements are set one by one, so what comes first counts.
+        (2, "1,99999999999,3", "ERANGE"),
+        (2, "1,2,99999999999", "EINVAL"),
+        (None, ",".join("1" * 500), ""),
+    ],
+)
+def test_an_array_takes_so_many_elements(most: int | None, value: str, expected: str) -> None:
+    failure = parameters_failure(f"p={value}", [Parameter("p", "array of int", "", most)])
+    assert (failure.errno if failure else "") == expected

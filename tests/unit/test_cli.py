@@ -87,6 +87,7 @@ def test_all_commands_are_there() -> None:
 
 def test_version(run: Run) -> None:
     assert run("version") == (0, f"modpressure {__version__}\n", "")
+    assert run("--version") == (0, f"modpressure {__version__}\n", "")
     assert json.loads(run("version", "--json")[1])["modpressure"] == __version__
 
 
@@ -324,5 +325,11 @@ def test_how_a_child_ended() -> None:
 
 
 def test_completion_is_offered() -> None:
-    result = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="modpressure")
+    # What --show-completion gives, without its look at which shell it was started from.
+    source = {"_MODPRESSURE_COMPLETE": "source_bash"}
+    result = CliRunner().invoke(app, [], prog_name="modpressure", env=source)
     assert result.exit_code == 0
+    assert "_MODPRESSURE_COMPLETE=complete_bash" in result.stdout
+    words = {"_MODPRESSURE_COMPLETE": "complete_bash", "COMP_WORDS": "modpressure re", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, [], prog_name="modpressure", env=words)
+    assert "report" in result.stdout.split()

@@ -1,6 +1,8 @@
 """Kernel identities: their text, a Module.symvers, and what a kernel's configuration says."""
 
 import lzma
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modpressure.cli.main import main
 from modpressure.errors import BadRequest, NotFound
-from modpressure.identity_files import identity_from, identity_names, load_identity, read_symvers, save_identity
-from modpressure.kernel.identity import ANY, BUILT_IN, ExportedSymbol, KernelIdentity
+from modpressure.identity_files import (
+    PACKAGED,
+    identity_from,
+    identity_names,
+    load_identity,
+    read_symvers,
+    save_identity,
+)
+from modpressure.kernel.identity import ANY, ExportedSymbol, KernelIdentity
 from modpressure.kernel.identity_text import IdentityError, identity_of_config, parse_identity, render_identity
 from modpressure.kernel.symvers import SymversError, parse_symvers, render_symvers
 
@@ -138,6 +148,22 @@ def test_an_identity_made_from_files_is_saved_and_loaded(tmp_path: Path) -> None
     ]  # fmt: skip
 
 
+def test_where_nothing_can_be_written_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    identity = replace(ANY, symbols={"printk": ExportedSymbol(1)})
+    (tmp_path / "taken").mkdir()
+    for path, said in ((tmp_path / "taken", "is a directory"), (tmp_path / "none" / "mine.toml", "No such file")):
+        with pytest.raises(BadRequest, match=said) as caught:
+            save_identity(identity, path)
+        assert str(path) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_identity_never_overwrites_its_own_symbols(tmp_path: Path) -> None:
+    identity = replace(ANY, symbols={"printk": ExportedSymbol(1)})
+    save_identity(identity, tmp_path / "mine.symvers")
+    assert load_identity(str(tmp_path / "mine.symvers")).symbols == identity.symbols
+
+
 def test_what_a_kernel_is_configured_with_stands_under_its_own_names() -> None:
     text = 'release = "1"\norigins = ["a 1"]\nsignatures_enforced = true\n[config]\nMODVERSIONS = false\nHZ = "250"\n'
     identity, _ = parse_identity(text)
@@ -158,10 +184,48 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
 def test_the_built_in_ones_load_and_decompressors_are_chosen_as_a_kernel_would() -> None:
     for name in identity_names():
         assert load_identity(name).name == name
-    measured = load_identity("measured-6.12")
-    assert measured.symbols is not None
-    assert measured.symbols["module_layout"].crc
-    assert BUILT_IN["debian-12"].decompressor_for("xz") is None
-    assert BUILT_IN["debian-13"].decompressor_for("zstd") == "xz"
+    for name in PACKAGED:
+        identity = load_identity(name)
+        assert identity.symbols is not None
+        assert identity.symbols["module_layout"].crc
+        assert identity.this_module_bytes
+    # 6.1 is built without MODULE_DECOMPRESS: libkmod unpacks and calls init_module.
+    assert load_identity("debian-12").decompressor_for("xz") is None
+    assert load_identity("debian-13").decompressor_for("zstd") == "xz"
     assert ANY.decompressor_for("zstd") == "zstd"
     assert replace(ANY, decompressors=("zstd",)).decompressor_for(None) == "zstd"
+
+
+@pytest.mark.parametrize("name", ["any", *PACKAGED])
+def test_what_is_shown_of_a_built_in_one_is_all_of_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["identity", "show", name]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "shown.toml").write_text(text)
+    assert load_identity(str(tmp_path / "shown.toml")) == load_identity(name)
+    (tmp_path / "changed.toml").write_text(text.replace("MODVERSIONS = true", "MODVERSIONS = false"))
+    assert load_identity(str(tmp_path / "changed.toml")) == replace(load_identity(name), modversions=False)
+
+
+def test_a_text_may_start_from_a_built_in_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('base = "debian-12"\nblacklist = ["pcspkr"]\n')
+    mine = load_identity(str(tmp_path / "mine.toml"))
+    assert mine == replace(load_identity("debian-12"), blacklist=frozenset({"pcspkr"}))
+    (tmp_path / "mine.toml").write_text('base = "debian-99"\n')
+    with pytest.raises(BadRequest, match=r"'debian-99'; there are any, debian-12, debian-13, measured-6\.12"):
+        load_identity(str(tmp_path / "mine.toml"))
+
+
+def test_symbols_are_not_read_before_they_are_asked_for() -> None:
+    """They would cost every start some time."""
+    asked = (
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == 'open' else None)\n"
+        "from modpressure.identity_files import identity_names, load_identity\n"
+        "for name in ('any', 'debian-12'):\n"
+        "    identity_names(), load_identity(name)\n"
+        "    print(sum(path.endswith('.symvers') for path in opened))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]

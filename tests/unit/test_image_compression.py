@@ -245,6 +245,18 @@ def test_a_damaged_xz_index_declares_nothing():
         assert declared_image_bytes(packed[:length], "xz") is None
 
 
+def test_an_xz_file_that_says_it_is_too_large_is_refused_before_any_of_it_is_unpacked():
+    packed = bytearray(pack("xz"))
+    packed[len(packed) // 2] ^= 0xFF
+    for unpack in (kernel, user):
+        assert refusal(unpack, bytes(packed), "xz", limit_bytes=len(CONTENT)) == "decompress: xz data"
+        with pytest.raises(ImageTooLarge):
+            unpack(bytes(packed), "xz", limit_bytes=len(CONTENT) - 1)
+    # What an index with a wrong checksum says is nothing to go by.
+    packed[-16] ^= 0xFF
+    assert refusal(kernel, bytes(packed), "xz", limit_bytes=len(CONTENT) - 1) == "decompress: xz data"
+
+
 # zstd
 
 

@@ -182,10 +182,11 @@ def test_odd_alignments_follow_the_kernels_formula(module, align, start):
     assert layout.unrounded[T.DATA] == start + 8
 
 
-def test_an_area_beyond_32_bits_is_no_memory(module):
+@pytest.mark.parametrize("size", [1520 << 20, (1 << 32) - THIS_MODULE_BYTES - 1])
+def test_more_than_the_module_area_or_32_bits_is_no_memory(module, size):
     builder = module((".bss", 0, ALLOC | WRITE))
     bss = builder.section(".bss")
-    bss.type, bss.size = NOBITS, (1 << 32) - THIS_MODULE_BYTES - 1
+    bss.type, bss.size = NOBITS, size
     with pytest.raises(ImageError, match="ENOMEM") as raised:
         plan_layout(read_elf(builder.bytes()), PLAIN)
     assert raised.value.check == "layout: size"

@@ -1,5 +1,7 @@
 """What running the code would tell, read from a file."""
 
+from random import Random
+
 import pytest
 
 from loader_svc.init_results import InitResult, InitResults, InitResultsError
@@ -37,6 +39,13 @@ def test_results() -> None:
         ("m,always,soon,0", "'soon'"),
         ("m,always,0,-ENOSUCH", "'-ENOSUCH'"),
         ("m,always", "'' of 'm'"),
+        ("m,always,quantiles 5,0", "'quantiles 5'"),
+        ("m,always,quantiles 5 1,0", "does not rise"),
+        ("m,always,quantiles 1 nan,0", "'quantiles 1 nan'"),
+        ("m,always,1e99,0", "'1e99'"),
+        ("m,always,99999999999,0", "goes beyond"),
+        ("m,always,-1,0", "'-1'"),
+        ("m,always,1,-EIO in 101%", "'-EIO in 101%'"),
     ],
 )
 def test_a_row_that_says_nothing_is_refused(row: str, said: str) -> None:
@@ -47,3 +56,24 @@ def test_a_row_that_says_nothing_is_refused(row: str, said: str) -> None:
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(InitResultsError, match="'result'"):
         InitResults.parse("module,condition,duration_ms\n")
+
+
+def test_what_is_left_to_chance_is_drawn_once_for_each_init() -> None:
+    results = InitResults.parse(HEADING + "m,always,quantiles 1 2 10,-EIO in 25%\n*,always,0.5,0\n")
+    drawn = [results.of("m", {}, lambda name: False, lambda seed=seed: Random(seed)) for seed in range(400)]
+    assert all(1_000_000 <= result.duration_ns <= 10_000_000 for result in drawn)
+    # Half of the draws are below the middle figure; five standard deviations either way.
+    assert 150 < sum(result.duration_ns < 2_000_000 for result in drawn) < 250
+    assert 57 < sum(result.errno == "EIO" for result in drawn) < 143
+    assert {result.errno for result in drawn} == {"", "EIO"}
+    assert drawn[7] == results.of("m", {}, lambda name: False, lambda: Random(7))
+    assert results.of("other", {}, lambda name: False) == InitResult(500_000, "")
+
+
+def test_who_is_told_of_and_looks_at_whom() -> None:
+    results = InitResults.parse(TEXT)
+    assert results.is_told("shy")
+    assert not results.is_told("other")
+    assert results.looked_at_by("shy") == {"minix"}
+    assert results.looked_at_by("odd") == set()
+    assert InitResults.parse(HEADING + "*,always,1,0\n").is_told("other")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from modpressure.kernel.counters import COUNTER_NAMES, KERNEL_COUNTER_NAMES, SIZE_BITS, Counters, FailedModule
 from modpressure.kernel.outcome import Outcome, Syscall
+from modpressure.kernel.requesters import Tally
 from modpressure.v1 import call_pb2, stats_service_pb2
 
 LEN, CLEN, MOD, TEXT = 1000, 300, 8192, 4096
@@ -27,10 +28,14 @@ class Ended:
     compressed_bytes: int = 0
     mod_bytes: int = MOD
     text_bytes: int = TEXT
+    origin: int = 1
+    requester: str = "udev"
+    errno: str = ""
 
     def add_to(self, counters: Counters) -> int:
         fields = asdict(self)
-        del fields["module"]
+        for name in ("module", "origin", "requester", "errno"):
+            del fields[name]
         return counters.add_call(fields.pop("outcome"), **fields)
 
 
@@ -92,7 +97,8 @@ def test_each_outcome_moves_exactly_its_counters(call: Ended, expected: dict[str
 
 def test_every_outcome_is_covered_and_has_the_contracts_number() -> None:
     for outcome in Outcome:
-        assert changes(Ended(outcome))
+        # No call ends abandoned.
+        assert outcome is Outcome.ABANDONED or changes(Ended(outcome))
         assert call_pb2.Outcome.Name(call_pb2.Outcome.ValueType(outcome)) == f"OUTCOME_{outcome.name}"
     for syscall in Syscall:
         assert call_pb2.Syscall.Name(call_pb2.Syscall.ValueType(syscall)) == f"SYSCALL_{syscall.name}"
@@ -120,7 +126,7 @@ SIZES = st.integers(0, 2**SIZE_BITS - 1)
 CALLS = st.lists(
     st.builds(
         Ended,
-        st.sampled_from(list(Outcome)),
+        st.sampled_from([outcome for outcome in Outcome if outcome is not Outcome.ABANDONED]),
         module=st.sampled_from(["xfs", "kvm", "nvme"]),
         syscall=st.sampled_from(list(Syscall)),
         duplicate=st.booleans(),
@@ -128,6 +134,9 @@ CALLS = st.lists(
         compressed_bytes=SIZES,
         mod_bytes=SIZES,
         text_bytes=SIZES,
+        origin=st.sampled_from([1, 2]),
+        requester=st.sampled_from(["udev", "modprobe", ""]),
+        errno=st.sampled_from(["", "EEXIST"]),
     )
 )
 
@@ -144,9 +153,19 @@ def test_many_calls_at_once_count_as_each_by_itself(calls: list[Ended]) -> None:
             module.load_count += call.outcome == Outcome.LOAD
             module.wasted_bytes += wasted
     failed: dict[str, FailedModule] = {}
-    at_once.add_calls(calls, failed)
+    tallies: dict[tuple[int, str], Tally] = {}
+    at_once.add_calls(calls, failed, tallies)
     assert at_once == one_by_one
     assert list(failed.items()) == list(expected.items())
+    assert sum(tally.calls for tally in tallies.values()) == at_once.calls
+    assert sum(tally.wasted_bytes for tally in tallies.values()) == at_once.virtual_mem_wasted_bytes
+    for (origin, requester), tally in tallies.items():
+        own = Counters()
+        mine = [call for call in calls if (call.origin, call.requester) == (origin, requester)]
+        own.add_calls(mine, {})
+        shared_failures = sum(call.outcome == Outcome.SHARED and bool(call.errno) for call in mine)
+        failures = own.calls - own.modcount - own.shared_calls + shared_failures
+        assert tally == Tally(own.calls, failures, own.virtual_mem_wasted_bytes)
 
 
 @given(CALLS, CALLS)

@@ -126,3 +126,15 @@ class GateMachine(RuleBasedStateMachine):
 
 TestGateMachine = GateMachine.TestCase
 TestGateMachine.settings = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_who_asks_for_another_gate_while_it_waits_has_given_the_first_up() -> None:
+    gate = Gate[str]()
+    gate.enter("a", "holder of a")
+    gate.enter("b", "holder of b")
+    assert gate.enter("a", "waiter") is None
+    assert gate.enter("b", "waiter") is None
+    assert gate.waiting == 1
+    assert gate.leave("holder of a", "") == []
+    assert [waiter for waiter, _ in gate.leave("holder of b", "")] == ["waiter"]
+    assert gate.waiting == 0

@@ -49,6 +49,16 @@ def test_who_waits_for_a_module_that_fails_does_not_take_it_over() -> None:
     assert modules.reserve("xfs", "c") == PROCEED
 
 
+def test_who_asks_again_for_a_name_that_is_its_own_gets_it_again_until_it_is_live() -> None:
+    modules: ModulesList[str] = ModulesList()
+    modules.reserve("xfs", "a")
+    assert modules.reserve("xfs", "a") == PROCEED
+    modules.come("xfs")
+    assert modules.reserve("xfs", "a") == PROCEED
+    modules.live("xfs", 0)
+    assert modules.reserve("xfs", "a") == EEXIST
+
+
 def test_a_name_whose_init_runs_is_waited_for_like_one_that_is_unformed() -> None:
     modules: ModulesList[str] = ModulesList()
     modules.reserve("xfs", "a")
@@ -99,7 +109,7 @@ def test_newest_first() -> None:
     ("state", "answer"),
     [
         (State.LIVE, PROCEED),
-        (State.UNFORMED, Answer(Verdict.FAILED, "EBUSY")),
+        (State.UNFORMED, Answer(Verdict.FAILED, "ENOENT")),
         (State.COMING, Answer(Verdict.FAILED, "EBUSY")),
         (State.GOING, Answer(Verdict.FAILED, "EBUSY")),
     ],

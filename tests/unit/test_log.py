@@ -25,6 +25,8 @@ try:
     raise ValueError("no")
 except ValueError:
     logger.error("it failed", exc_info=True)
+    # As gRPC has it (aio/server.pyx.pxi), of a client whose connection broke.
+    logging.getLogger("grpc").exception("ExecuteBatchError raised in core by servicer method [%s]", "/a/b")
 """
 
 

@@ -108,3 +108,18 @@ async def test_a_wait_cancelled_after_it_was_served_gives_back_what_it_got() -> 
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert budget.taken_bytes == 0
+
+
+async def test_who_has_cancelled_its_turn_but_not_yet_left_is_passed_over() -> None:
+    budget = MemoryBudget(100)
+    await budget.take(100, "first")
+    waiting = asyncio.ensure_future(budget.take(100, "second"))
+    behind = asyncio.ensure_future(budget.take(60, "third"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    # Before the cancelled one runs again.
+    budget.give(100)
+    await asyncio.gather(waiting, return_exceptions=True)
+    await behind
+    assert waiting.cancelled()
+    assert budget.taken_bytes == 60

@@ -1,4 +1,4 @@
-"""The local driver: waits, signals, dependencies, unloading, and what must hold after any sequence of calls."""
+"""The virtual driver: waits, signals, dependencies, unloading, and what must hold after any sequence of calls."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loader_svc.init_results import InitResults
-from loader_svc.local import LocalCall, LocalMachine
 from loader_svc.steps import CallSpec
+from loader_svc.virtual.conservation import imbalances
+from loader_svc.virtual.costs import KINDS, NO_COSTS, Costs, default_costs
+from loader_svc.virtual.guest import GuestMachine
+from loader_svc.virtual.machine import VirtualCall, VirtualFile, VirtualMachine
 from modpressure.kernel.counters import Counters
 from modpressure.kernel.identity import ANY, ExportedSymbol
 from modpressure.kernel.outcome import Outcome, Syscall
@@ -73,7 +76,7 @@ def disk(tmp_path: Path, make_module: Make, make_section: Make) -> Disk:
     return disk
 
 
-def outcome(call: LocalCall) -> tuple[str, str]:
+def outcome(call: VirtualCall) -> tuple[str, str]:
     assert call.ending is not None
     return call.ending.outcome.word, call.ending.errno
 
@@ -84,12 +87,12 @@ class Bench:
 
     disk: Disk
     policy: Policy
-    machine: LocalMachine
+    machine: VirtualMachine
 
-    def make(self, name: str, parameters: str = "", *, copy: int = 0, restarts: bool = False) -> LocalCall:
+    def make(self, name: str, parameters: str = "", *, copy: int = 0, restarts: bool = False) -> VirtualCall:
         path = self.disk.paths[name]
         spec = CallSpec(name, f"{path}:{copy}", self.policy, Syscall.FINIT_MODULE, 0, parameters)
-        return LocalCall(spec, str(path), partial(os.open, path, os.O_RDONLY), restarts=restarts)
+        return VirtualCall(spec, VirtualFile(str(path), partial(os.open, path, os.O_RDONLY)), restarts=restarts)
 
     def load(self, name: str, parameters: str = "") -> str:
         ending = self.machine.call(self.make(name, parameters))
@@ -104,6 +107,7 @@ class Bench:
         if signal_ms:
             machine.interrupt(calls[1], signal_ms * MS)
         machine.run()
+        assert imbalances(machine) == []
         return [
             (call.ending and call.ending.outcome.word, call.ending and call.ending.errno, call.ended_ns // MS)
             for call in calls
@@ -113,7 +117,7 @@ class Bench:
 @pytest.fixture
 def bench(disk: Disk) -> Callable[..., Bench]:
     def make(policy: Policy = V6_4) -> Bench:
-        return Bench(disk, policy, LocalMachine(KERNEL, init_results=INIT))
+        return Bench(disk, policy, VirtualMachine(KERNEL, init_results=INIT))
 
     return make
 
@@ -227,11 +231,19 @@ def test_peaks_are_of_file_and_layout_together(bench: Make, disk: Disk) -> None:
     one = bench()
     assert one.load("slow") == ""
     size_bytes = -(-disk.paths["slow"].stat().st_size // 4096) * 4096
-    assert one.machine.peak_bytes == size_bytes + one.machine.counters.total_mod_size
-    assert one.machine.held_bytes < one.machine.counters.total_mod_size
+    assert one.machine.areas.peak_bytes == size_bytes + one.machine.counters.total_mod_size
+    assert one.machine.areas.held_bytes < one.machine.counters.total_mod_size
 
 
 # --- what always holds ---
+
+COSTLY = Costs(
+    **{name: 1_000_003 for name, kind in KINDS.items() if kind in ("int", "Duration")},
+    read_cached_ns_per_byte=1_000,
+    first_read_from_disk=True,
+    jitter=0.9,
+)
+"""Everything takes long, so that much is in between when a signal or a removal comes."""
 
 NAMES = ["slow", "sick", "shy", "base", "user", "rival", "lost", "junk"]
 ACTIONS = st.one_of(
@@ -252,13 +264,17 @@ ACTIONS = st.one_of(
     actions=st.lists(ACTIONS, max_size=14),
     policy=st.sampled_from([V6_3, V6_4, V6_5]),
     cpus=st.none() | st.integers(1, 3),
+    host_cpus=st.none() | st.just(1),
+    costs=st.sampled_from([NO_COSTS, COSTLY, default_costs()]),
 )
 def test_after_any_sequence_nothing_is_held_and_all_is_counted(
-    disk: Disk, actions: list[tuple[Any, ...]], policy: Policy, cpus: int | None
+    disk: Disk, actions: list[tuple[Any, ...]], policy: Policy, cpus: int | None, host_cpus: int | None, costs: Costs
 ) -> None:
-    machine = LocalMachine(KERNEL, init_results=INIT, cpus=cpus, cost=lambda step, call: 1_000_003)
+    machine = VirtualMachine(KERNEL, init_results=INIT, cpus=cpus, costs=costs)
+    if cpus is not None and host_cpus is not None:
+        machine = GuestMachine(identity=KERNEL, init_results=INIT, cpus=cpus, host_cpus=host_cpus, costs=costs)
     one = Bench(disk, policy, machine)
-    ended: list[LocalCall] = []
+    ended: list[VirtualCall] = []
     begun = 0
     for action in actions:
         if action[0] == "load":
@@ -274,22 +290,18 @@ def test_after_any_sequence_nothing_is_held_and_all_is_counted(
     machine.run()
 
     assert len(ended) == begun, "every call ends"
-    assert machine.gate.waiting == machine.modules.waiting == 0
-    core_bytes = sum(entry.core_bytes for entry in machine.modules)
-    assert machine.held_bytes == core_bytes, "only what is loaded holds memory"
+    assert imbalances(machine) == []
     live = sum(call.ending is not None and call.ending.outcome is Outcome.LIVE for call in ended)
     counters = machine.counters
     assert counters.modcount == live
     assert len(machine.modules) == live - counters.unloads
     assert_consistent(counters, len(ended))
-    listed = sum(failed.count for failed in machine.failed_modules)
-    assert listed == counters.duplicates
     text = mainline(counters, machine.failed_modules, kernel_buffer=True)
     assert parse_mainline(text).render() == text
     # Whatever is left can go, users before what they use.
     while len(machine.modules):
         assert any(not machine.remove(entry.name) for entry in list(machine.modules))
-    assert machine.held_bytes == 0
+    assert machine.areas.held_bytes == 0
 
 
 def assert_consistent(counters: Counters, calls: int) -> None:

@@ -1,0 +1,1 @@
+"""The virtual driver: the one pipeline, carried through by a clock instead of by the operating system."""

@@ -1,0 +1,172 @@
+"""Who may call what: tokens at a server's door."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+
+from modpressure.errors import Forbidden, ModpressureError, Unauthenticated
+from modpressure.fair import FLOW, Flow
+from modpressure.grpc_errors import abort_with
+from modpressure.handlers import rebuilt
+from modpressure.malformed import Malformed
+from modpressure.tokens import Grant, Role, TokenFile
+
+AUTHORIZATION: Final = "authorization"
+DEFAULT_SYSTEM: Final = "default"
+
+_OPEN: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Open to all: whether a service is well, and what it speaks."""
+
+_ROLES: Final = {
+    "/modpressure.v1.LedgerService/Connect": Role.LOAD,
+    "/modpressure.v1.LoaderService/LoadModule": Role.LOAD,
+    "/modpressure.v1.LoaderService/LoadModules": Role.LOAD,
+    "/modpressure.v1.LoaderService/UnloadModule": Role.LOAD,
+    "/modpressure.v1.LoaderService/RunStorm": Role.LOAD,
+    "/modpressure.v1.LoaderService/RequestModule": Role.LOAD,
+}
+_READS: Final = ("Get", "List", "Watch")
+
+_GRANT: Final[ContextVar[Grant | ModpressureError]] = ContextVar("grant")
+"""In the task of an RPC: what its token allows, or why it is not let in."""
+
+
+def role_of(method: str) -> Role:
+    """Return the role that a method (``/package.Service/Method``) needs: admin for what is not known to need less."""
+    name = method.rpartition("/")[2]
+    return _ROLES.get(method) or (Role.READ if name.startswith(_READS) else Role.ADMIN)
+
+
+def systems_of(message: Message) -> Iterator[str]:
+    """Yield the systems that a request is about: each ``system`` in it, or the id of a ``System``."""
+    descriptor = message.DESCRIPTOR
+    if descriptor.name == "System":
+        yield getattr(message, "id", "")
+        return
+    for field in descriptor.fields:
+        if field.name == "system" and field.message_type is None:
+            yield getattr(message, "system") or DEFAULT_SYSTEM  # noqa: B009
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.file.package == descriptor.file.package:
+            for part in value if isinstance(value, Iterable) else (value,):
+                yield from systems_of(part)
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """Lets in only whose token allows what they ask, and only for as long as it does."""
+
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokens = tokens
+        self._guarded: dict[str, tuple[Any, Any]] = {}
+        """Of each method its own handler, and the one with the checks before it."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Return the method's handler, with the checks before it."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_OPEN):
+            return handler
+        authorization = next(
+            (value for key, value in handler_call_details.invocation_metadata or () if key == AUTHORIZATION), ""
+        )
+        try:
+            grant = self._tokens.grant(str(authorization))
+            FLOW.set(Flow(f"token {grant.name}"))
+            grant.check_role(role_of(method))
+            if method.endswith("/ListSystems"):
+                # It names all of them.
+                grant.check_systems(["*"])
+            _GRANT.set(grant)
+        except ModpressureError as error:
+            _GRANT.set(error)
+        known, guarded = self._guarded.get(method, (None, None))
+        if known is not handler:
+            guarded = _guard(handler, method)
+            self._guarded[method] = (handler, guarded)
+        return guarded
+
+
+@contextlib.asynccontextmanager
+async def _refusals(context: Any, method: str, grant: Grant) -> AsyncIterator[None]:
+    """Abort what goes on for longer than the grant, or asks for more."""
+    try:
+        if grant.expires is None:
+            yield
+            return
+        deadline = asyncio.timeout(max(grant.expires.timestamp() - time.time(), 0))
+        try:
+            async with deadline:
+                yield
+        except TimeoutError:
+            if deadline.expired():
+                grant.check_time(grant.expires.timestamp())
+            raise
+    except (Unauthenticated, Forbidden) as error:
+        await abort_with(context, method, error)
+
+
+def _check(request: Message | Malformed, grant: Grant) -> None:
+    """Return if a request is for systems of a grant that is still good. Forbidden, Unauthenticated."""
+    grant.check_time(time.time())
+    # What is no message is refused by the handler.
+    if not grant.is_for_all_systems and not isinstance(request, Malformed):
+        grant.check_systems(systems_of(request))
+
+
+async def _checked(requests: AsyncIterator[Any], grant: Grant) -> AsyncIterator[Any]:
+    async for request in requests:
+        _check(request, grant)
+        yield request
+
+
+def _guard(handler: Any, method: str) -> Any:
+    """Return a handler that looks at each request's systems, and ends when the RPC's grant does.
+
+    One for all RPCs of the method: what differs is in ``_GRANT``.
+    """
+    inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+    async def granted(context: Any) -> Grant:
+        grant = _GRANT.get()
+        if isinstance(grant, ModpressureError):
+            await abort_with(context, method, grant)
+        return grant
+
+    def begun(request: Any, context: Any, grant: Grant) -> Any:
+        if handler.request_streaming:
+            return inner(_checked(request, grant), context)
+        _check(request, grant)
+        return inner(request, context)
+
+    async def awaited(request: Any, context: Any) -> Any:
+        grant = await granted(context)
+        async with _refusals(context, method, grant):
+            return await begun(request, context, grant)
+
+    async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
+        grant = await granted(context)
+        responses: Any = None
+        try:
+            while True:
+                async with _refusals(context, method, grant):
+                    responses = responses or begun(request, context, grant)
+                    try:
+                        response = await anext(responses)
+                    except StopAsyncIteration:
+                        return
+                yield response
+        finally:
+            if responses is not None:
+                await responses.aclose()
+
+    # A method with a stream of answers may also write them to its context by itself, and is a coroutine then.
+    return rebuilt(handler, streamed if inspect.isasyncgenfunction(inner) else awaited)

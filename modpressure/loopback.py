@@ -1,0 +1,31 @@
+"""Addresses that no other machine reaches."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this one: 127.0.0.0/8, ::1 or ``localhost``; no name is looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_local(listen: str) -> bool:
+    """Return whether only this machine reaches a server on ``listen``, HOST:PORT or unix:PATH.
+
+    A name is looked up: it is local if all that it stands for is; one that stands for nothing can't be listened on.
+    """
+    if listen.startswith("unix"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    if is_loopback(host):
+        return True
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return False
+    return all(is_loopback(str(place[0])) for *_, place in found)

@@ -1,0 +1,56 @@
+"""Loader processes in SQL: how far each has come in its stream, and whether nothing more is accepted of it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from stats_svc import schema
+from stats_svc.rows import InstanceRow
+
+_INSTANCES = schema.instances.c
+_row = sa.select(
+    _INSTANCES.instance_id, _INSTANCES.loader, _INSTANCES.applied_sequence, _INSTANCES.last_seen_ns, _INSTANCES.fence
+)
+_one = _row.where(_INSTANCES.instance_id == sa.bindparam("the_instance"))
+_first_segment: Final = sa.select(_INSTANCES.first_segment).where(
+    _INSTANCES.instance_id == sa.bindparam("the_instance")
+)
+# Who comes back and owns a module must hear that its lease has ended, and not that nothing is known of it.
+_over = (
+    sa.select(_INSTANCES.instance_id)
+    .where(
+        _INSTANCES.fence != 0,
+        _INSTANCES.last_seen_ns < sa.bindparam("before_ns"),
+        _INSTANCES.instance_id.not_in(sa.select(schema.modules.c.instance_id)),
+        _INSTANCES.instance_id.not_in(sa.select(schema.held_memory.c.instance_id)),
+    )
+    .limit(sa.bindparam("most"))
+)
+_remove = sa.delete(schema.instances).where(_INSTANCES.instance_id == sa.bindparam("the_instance"))
+
+
+def load(connection: Connection) -> list[InstanceRow]:
+    """Return those of which something may yet come."""
+    return [InstanceRow(*row) for row in connection.execute(_row.where(_INSTANCES.fence == 0))]
+
+
+def find(connection: Connection, instance_id: str) -> InstanceRow | None:
+    """Return one, None if it is not known."""
+    row = connection.execute(_one, {"the_instance": instance_id}).one_or_none()
+    return None if row is None else InstanceRow(*row)
+
+
+def first_segment(connection: Connection, instance_id: str) -> int:
+    """Return the least number of a segment that may hold an event of one; 0 if it is not known."""
+    return connection.scalar(_first_segment, {"the_instance": instance_id}) or 0
+
+
+def prune(connection: Connection, *, before_ns: int, most: int) -> int:
+    """Forget at most so many that were fenced before a time, and own neither modules nor memory; return how many."""
+    ids = connection.scalars(_over, {"before_ns": before_ns, "most": most}).all()
+    if ids:
+        connection.execute(_remove, [{"the_instance": instance_id} for instance_id in ids])
+    return len(ids)

@@ -1,0 +1,40 @@
+"""Requesters in SQL: what the calls of each came to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from modpressure.kernel.requesters import Requester, Tally
+from stats_svc import schema
+from stats_svc.rows import SystemDelta
+
+_TABLE = schema.requesters
+_known = sa.select(_TABLE.c.system, _TABLE.c.origin, _TABLE.c.requester)
+_tallies = sa.select(_TABLE.c.origin, _TABLE.c.requester, _TABLE.c.calls, _TABLE.c.failures, _TABLE.c.wasted_bytes)
+
+
+def known(connection: Connection, names: Mapping[str, str]) -> dict[str, list[Requester]]:
+    """Return the requesters that some systems tell apart, by their names; these are given by their keys."""
+    found: defaultdict[str, list[Requester]] = defaultdict(list)
+    for row in connection.execute(_known.where(_TABLE.c.system.in_(list(names)))):
+        found[names[row.system]].append(Requester(row.origin, row.requester))
+    return found
+
+
+def tallies(connection: Connection, system: str) -> dict[Requester, Tally]:
+    """Return what the calls of each requester of a system came to."""
+    rows = connection.execute(_tallies.where(_TABLE.c.system == schema.key_of(system)))
+    return {Requester(*row[:2]): Tally(*row[2:]) for row in rows}
+
+
+def values_of(deltas: Mapping[str, SystemDelta]) -> Iterator[dict[str, Any]]:
+    """Yield what is to be added to each requester, as the values of a row."""
+    for system, delta in deltas.items():
+        for requester, tally in delta.requesters.items():
+            yield {"system": system, "origin": requester.origin, "requester": requester.label, **asdict(tally)}

@@ -1,0 +1,143 @@
+"""The loader's side of its stream, held against a stats_svc that answers what and when the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from loader_svc.ledger_client import LedgerClient
+from loader_svc.memory import Meter
+from modpressure.v1 import ledger_service_pb2 as pb
+from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
+
+LEASE_SECONDS = 0.2
+
+
+class Stream:
+    """One stream of a loader, from the side of stats_svc."""
+
+    def __init__(self, requests: AsyncIterator[pb.ConnectRequest], context: Any) -> None:
+        self._requests = requests
+        self._context = context
+        self.ended = asyncio.Event()
+
+    async def hello(self) -> pb.Hello:
+        request = await anext(self._requests)
+        assert request.HasField("hello")
+        return request.hello
+
+    async def welcome(self, applied_sequence: int) -> None:
+        welcome = pb.Welcome(applied_sequence=applied_sequence, lease_seconds=LEASE_SECONDS)
+        await self._context.write(pb.ConnectResponse(welcome=welcome))
+
+    async def message(self) -> pb.OperationBatch | None:
+        """Return the next batch, None for a heartbeat."""
+        request = await anext(self._requests)
+        return request.batch if request.HasField("batch") else None
+
+    async def batch(self) -> pb.OperationBatch:
+        """Return the next batch that asks anything."""
+        while True:
+            message = await self.message()
+            if message is not None and message.operations:
+                return message
+
+    async def answer(self, applied_sequence: int, *call_ids: int) -> None:
+        results = [pb.OperationResult(call_id=n, verdict=pb.OperationResult.VERDICT_PROCEED) for n in call_ids]
+        response = pb.ResultBatch(applied_sequence=applied_sequence, results=results)
+        await self._context.write(pb.ConnectResponse(results=response))
+
+
+class StatsSvc(LedgerServiceServicer):
+    """Hands out the streams that loaders open."""
+
+    def __init__(self) -> None:
+        self._streams: asyncio.Queue[Stream] = asyncio.Queue()
+
+    async def Connect(self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Any) -> None:  # type: ignore[override]
+        stream = Stream(request_iterator, context)
+        await self._streams.put(stream)
+        await stream.ended.wait()
+
+    async def stream(self) -> Stream:
+        return await self._streams.get()
+
+
+@pytest.fixture
+async def stats() -> AsyncIterator[tuple[StatsSvc, LedgerClient]]:
+    """A stand-in for stats_svc, and a loader's client of it."""
+    server, servicer = grpc.aio.server(), StatsSvc()
+    add_LedgerServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = LedgerClient(
+        f"127.0.0.1:{port}",
+        instance_id="one",
+        meter=Meter(),
+        on_released=lambda call_id: None,
+        on_connected=lambda connected: None,
+    )
+    running = asyncio.create_task(client.run())
+    yield servicer, client
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await server.stop(0)
+
+
+def remove(call_id: int) -> pb.Operation:
+    return pb.Operation(call_id=call_id, system="default", remove_module=pb.RemoveModule())
+
+
+async def test_nothing_new_is_sent_before_the_ends_that_are_asked_again_are_answered(
+    stats: tuple[StatsSvc, LedgerClient],
+) -> None:
+    """Else what they are recognised by need not be kept, and they would be done twice after the next break."""
+    servicer, client = stats
+    first = await servicer.stream()
+    assert (await first.hello()).instance_id == "one"
+    await first.welcome(0)
+    removing = asyncio.create_task(client.ask(remove(1)))
+    assert (await first.batch()).sequence == 1
+    # Applied, but the answer is lost.
+    first.ended.set()
+    second = await servicer.stream()
+    await second.hello()
+    await second.welcome(1)
+    again = await second.batch()
+    assert (again.sequence, [operation.call_id for operation in again.operations]) == (1, [1])
+    reading = asyncio.create_task(
+        client.ask(pb.Operation(call_id=2, system="default", read_initstate=pb.ReadInitstate(module="xfs")))
+    )
+    for _ in range(3):
+        assert await second.message() is None
+    await second.answer(1, 1)
+    assert (await removing).call_id == 1
+    new = await second.batch()
+    assert (new.sequence, [operation.call_id for operation in new.operations]) == (2, [2])
+    await second.answer(2, 2)
+    assert (await reading).call_id == 2
+
+
+async def test_what_only_waits_for_others_holds_up_nothing_when_it_is_asked_again(
+    stats: tuple[StatsSvc, LedgerClient],
+) -> None:
+    servicer, client = stats
+    first = await servicer.stream()
+    await first.hello()
+    await first.welcome(0)
+    check = pb.Operation(call_id=1, system="default", check_name=pb.CheckName(module="xfs"))
+    checking = asyncio.create_task(client.ask(check))
+    assert (await first.batch()).sequence == 1
+    first.ended.set()
+    second = await servicer.stream()
+    await second.hello()
+    await second.welcome(1)
+    assert (await second.batch()).sequence == 1
+    removing = asyncio.create_task(client.ask(remove(2)))
+    assert (await second.batch()).sequence == 2
+    await second.answer(2, 1, 2)
+    await asyncio.gather(checking, removing)

@@ -1,0 +1,740 @@
+"""Once, and only once, in the ledger: processes that are over, calls that they abandon, and claims on request ids."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from modpressure.errors import BadRequest, LeaseEnded, NotNow, Replaced
+from modpressure.kernel.outcome import Outcome
+from modpressure.v1 import call_pb2
+from modpressure.v1 import ledger_service_pb2 as pb
+from stats_svc import state
+from stats_svc.ledger import CLAIM_SECONDS, INSTANCE_SECONDS, PRUNED_ROWS, Ledger
+from stats_svc.rows import Retention, SystemRow
+from stats_svc.state import MAX_RECORD_BYTES
+from tests.integration.test_ledger import (
+    DUPLICATE,
+    INTERRUPTED,
+    INVALID,
+    PROCEED,
+    SHARED,
+    Bench,
+    Loader,
+    check,
+    ended,
+    enter,
+    fail,
+    interrupt,
+    live,
+    remove,
+    reserve,
+    said,
+    settle,
+    until,
+)
+
+LOST = pb.OperationResult.VERDICT_LOST
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    bench = await Bench.open(tmp_path / "stats.sqlite3")
+    yield bench
+    await bench.close()
+
+
+async def connected(bench: Bench, *names: str) -> list[Loader]:
+    """Connect loaders whose own calls have numbers beyond those that the tests give."""
+    loaders = [Loader(bench, name) for name in names]
+    for loader in loaders:
+        loader.calls = 1000
+        await loader.connect()
+    return loaders
+
+
+def counted(bench: Bench) -> SystemRow:
+    system = bench.store.system("default")
+    assert system is not None
+    return system
+
+
+def abandoned(bench: Bench) -> list[tuple[str, int, str]]:
+    """Return loader, call and module of the calls that were abandoned."""
+    calls = [event.call for event in bench.events() if event.call.outcome == call_pb2.OUTCOME_ABANDONED]
+    return [(call.loader, call.call_id, call.module) for call in calls]
+
+
+# --- leases, and what is over ---
+
+
+async def test_calls_of_a_loader_that_is_gone_are_seen_and_never_counted(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(enter(1, "tree:kernel/fs/btrfs-old.ko.xz:0"))
+    await a.ask(check(2, "xfs"))
+    await a.ask(reserve(3, "kvm"))
+    await a.ask(fail(4))
+    await a.ask(reserve(5, "loop"))
+    await a.ask(live(5, "loop"))
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    assert sorted(abandoned(bench)) == [("loader a", 1, "btrfs_old"), ("loader a", 2, "xfs"), ("loader a", 3, "kvm")]
+    counters = counted(bench).counters
+    assert (counters.abandoned_calls, counters.calls, counters.modcount) == (3, 2, 1)
+    assert counted(bench).live_modules == 1
+    # The same after a restart.
+    await bench.crash()
+    assert counted(bench).counters.abandoned_calls == len(abandoned(bench)) == 3
+
+
+async def test_a_name_whose_loader_is_gone_before_and_after_a_restart_is_abandoned_once(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(reserve(1))
+    await bench.crash()
+    await b.connect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    assert abandoned(bench) == [("loader a", 1, "xfs")]
+    await bench.crash()
+    await b.connect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    assert abandoned(bench) == [("loader a", 1, "xfs")]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_who_comes_back_after_its_lease_is_refused_for_ever(bench: Bench, restarted: bool) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(reserve(1))
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    if restarted:
+        await bench.crash()
+    for _ in range(2):
+        with pytest.raises(LeaseEnded, match="the lease of process a of loader 'loader a' has ended"):
+            await a.connect()
+    assert counted(bench).counters.calls == 0
+
+
+async def test_a_silent_loader_that_promised_heartbeats_loses_its_lease_though_its_stream_stands(bench: Bench) -> None:
+    [b] = await connected(bench, "b")
+    session, welcome = await bench.ledger.connect(pb.Hello(instance_id="a", loader="a", heartbeats=True))
+    assert welcome.lease_seconds == 10
+    operation = reserve(1)
+    operation.system = "default"
+    await bench.ledger.submit(session, pb.OperationBatch(sequence=1, operations=[operation]))
+    wait = b.begin(reserve(b.new_call()))
+    for _ in range(3):
+        bench.now_seconds += 9
+        bench.ledger.hear(session)
+        bench.ledger.expire_leases()
+    await settle(b)
+    assert not wait.done()
+    bench.now_seconds += 10
+    bench.ledger.expire_leases()
+    assert said(await wait) == (DUPLICATE, "EBUSY", True)
+    # What it had on its way when it fell asleep is not applied.
+    late = live(1)
+    late.system = "default"
+    await bench.ledger.submit(session, pb.OperationBatch(sequence=2, operations=[late]))
+    with pytest.raises(LeaseEnded):
+        while True:
+            await session.next_results()
+    await settle(b)
+    counters = counted(bench).counters
+    assert (counters.calls, counters.abandoned_calls, counted(bench).live_modules) == (0, 1, 0)
+    # Who promised nothing may be silent: it is from before there were heartbeats.
+    bench.now_seconds += 100
+    bench.ledger.expire_leases()
+    await settle(b)
+
+
+async def test_time_in_which_stats_svc_itself_stood_still_is_nobodys_silence(bench: Bench) -> None:
+    session, _ = await bench.ledger.connect(pb.Hello(instance_id="a", loader="a", heartbeats=True))
+    [b] = await connected(bench, "b")
+    b.disconnect()
+    bench.now_seconds += 100
+    bench.ledger.excuse(95)
+    bench.ledger.expire_leases()
+    assert not session.closed
+    await b.connect()
+    bench.now_seconds += 5
+    bench.ledger.expire_leases()
+    assert session.closed
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+async def test_a_new_process_of_the_same_name_ends_its_old_self_at_once(bench: Bench, is_connected: bool) -> None:
+    [a] = await connected(bench, "a")
+    await a.ask(reserve(1))
+    old = a.session
+    assert old is not None
+    if not is_connected:
+        a.disconnect()
+    [b] = await connected(bench, "b")
+    new, _ = await bench.ledger.connect(pb.Hello(instance_id="a2", loader="loader a"))
+    # The name is free without waiting for the lease, and the old one's batches can't come in behind.
+    assert (await b.ask(check(b.new_call()))).verdict == PROCEED
+    late = live(1)
+    late.system = "default"
+    await bench.ledger.submit(old, pb.OperationBatch(sequence=2, operations=[late]))
+    await settle(b)
+    assert abandoned(bench) == [("loader a", 1, "xfs")]
+    assert not new.closed
+    await bench.crash()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    with pytest.raises(Replaced, match="another loader process named 'loader a' has taken the place of process a"):
+        await a.connect()
+
+
+async def test_modules_stay_with_the_process_that_went_on_as_a_new_instance(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    for call_id, module in ((1, "xfs"), (2, "kvm"), (3, "loop")):
+        await a.ask(reserve(call_id, module))
+        await a.ask(live(call_id, module))
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    assert (await b.ask(remove(b.new_call(), "xfs"))).verdict == PROCEED
+    again = Loader(bench, "a2")
+    again.former, again.live, again.calls = ["a"], {1, 2, 3}, 1000
+    await again.connect()
+    await settle(again)
+    assert again.released == [1]
+    await b.ask(remove(b.new_call(), "kvm"))
+    await settle(again)
+    assert again.released == [1, 2]
+    await bench.crash()
+    await b.connect()
+    await b.ask(remove(b.new_call(), "loop"))
+    again.disconnect()
+    await again.connect()
+    await settle(again)
+    assert again.released == [1, 2, 3]
+
+
+async def test_more_former_instances_than_make_sense_are_refused(bench: Bench) -> None:
+    with pytest.raises(BadRequest, match="1001 former instances are more than 1000"):
+        await bench.ledger.connect(pb.Hello(instance_id="a", loader="a", former_instance_ids=["x"] * 1001))
+
+
+# --- claims ---
+
+
+def claim(call_id: int, request_id: str = "r", digest: bytes = b"xfs") -> pb.Operation:
+    return pb.Operation(call_id=call_id, claim_request=pb.ClaimRequest(request_id=request_id, digest=digest))
+
+
+def gives_up(call_id: int) -> pb.Operation:
+    return pb.Operation(call_id=call_id, settle_claim=pb.SettleClaim(gives_up=True))
+
+
+def part(operation: pb.Operation, claim: int, name: str = "", *, settles: bool = True) -> pb.Operation:
+    """Make the end of a call part of a claimed request."""
+    if operation.HasField("finish_call"):
+        operation.finish_call.claim, operation.finish_call.part, operation.finish_call.settles = claim, name, settles
+    else:
+        operation.remove_module.claim = claim
+    return operation
+
+
+def parts(result: pb.OperationResult) -> list[tuple[str, str, int]]:
+    """Return name, loader and event of the calls of a record."""
+    return [
+        (
+            p.name,
+            (p.call if p.HasField("call") else p.unload).loader,
+            (p.call if p.HasField("call") else p.unload).event_id,
+        )
+        for p in result.record.parts
+    ]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_request_that_comes_again_anywhere_has_the_same_result(bench: Bench, restarted: bool) -> None:
+    a, b = await connected(bench, "a", "b")
+    assert said(await a.ask(claim(1))) == (PROCEED, "", False)
+    await a.ask(reserve(2))
+    event_id = (await a.ask(part(live(2), 1, "xfs"))).event_id
+    if restarted:
+        await bench.crash()
+        for loader in (a, b):
+            loader.disconnect()
+            await loader.connect()
+    for loader, call_id in ((a, 10), (b, 10)):
+        result = await loader.ask(claim(call_id))
+        assert result.verdict == SHARED
+        assert parts(result) == [("xfs", "loader a", event_id)]
+        assert result.record.parts[0].call.system == "default"
+    assert counted(bench).counters.calls == 1
+    # Another system has ids of its own, and one that is reset has none.
+    await bench.ledger.create_system("other", 2)
+    elsewhere = claim(11)
+    elsewhere.system = "other"
+    assert (await b.ask(elsewhere)).verdict == PROCEED
+    await bench.ledger.reset_system("default")
+    assert (await b.ask(claim(12))).verdict == PROCEED
+
+
+@pytest.mark.parametrize("state", ["held", "settled", "settled before a restart"])
+async def test_an_id_stands_for_one_request(bench: Bench, state: str) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    if state != "held":
+        await a.ask(part(fail(2), 1))
+    if "restart" in state:
+        await bench.crash()
+        await b.connect()
+    result = await b.ask(claim(1, digest=b"kvm"))
+    assert (result.verdict, result.message) == (
+        INVALID,
+        "request_id 'r' was used for another request; it stands for that one for a day",
+    )
+
+
+async def test_a_second_request_waits_for_the_first_and_can_be_interrupted(bench: Bench) -> None:
+    a, b, c = await connected(bench, "a", "b", "c")
+    await a.ask(claim(1))
+    first, second = b.begin(claim(1)), c.begin(claim(1))
+    await settle(b, c)
+    await c.send(interrupt(1))
+    assert (await second).verdict == INTERRUPTED
+    assert not first.done()
+    await a.ask(part(fail(2), 1, "xfs"))
+    result = await first
+    assert (result.verdict, result.waited, parts(result)) == (SHARED, True, [("xfs", "loader a", 1)])
+
+
+async def test_who_waits_goes_on_where_a_loader_that_is_gone_had_stopped(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    await a.ask(part(fail(2, module="libcrc32c"), 1, "libcrc32c", settles=False))
+    await a.ask(reserve(3))
+    wait = b.begin(claim(1))
+    await settle(b)
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    result = await wait
+    # The one that was counted is not made again; the one that was not has been abandoned.
+    assert (result.verdict, parts(result)) == (PROCEED, [("libcrc32c", "loader a", 1)])
+    await b.ask(reserve(2))
+    await b.ask(part(live(2), 1, "xfs"))
+    assert [name for name, _, _ in parts(await b.ask(claim(3)))] == ["libcrc32c", "xfs"]
+    counters = counted(bench).counters
+    assert (counters.calls, counters.modcount, counters.abandoned_calls) == (2, 1, 1)
+
+
+async def test_a_claim_outlives_a_restart_and_a_claim_that_nobody_holds_is_taken_over(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    await a.ask(part(fail(2, module="libcrc32c"), 1, "libcrc32c", settles=False))
+    await bench.crash()
+    await b.connect()
+    # Its loader may come back: until then it holds the claim.
+    wait = b.begin(claim(1))
+    await settle(b)
+    assert not wait.done()
+    await b.send(interrupt(1))
+    assert (await wait).verdict == INTERRUPTED
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    # A crash before that is committed would leave the claim to its holder.
+    await settle(b)
+    await bench.crash()
+    await b.connect()
+    result = await b.ask(claim(2))
+    assert (result.verdict, parts(result)) == (PROCEED, [("libcrc32c", "loader a", 1)])
+
+
+async def test_a_request_that_could_not_be_carried_out_can_be_tried_again(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    wait = b.begin(claim(1))
+    await settle(b)
+    await a.ask(gives_up(1))
+    assert said(await wait) == (PROCEED, "", True)
+    await b.ask(gives_up(1))
+    assert said(await a.ask(claim(2))) == (PROCEED, "", False)
+
+
+async def test_a_call_without_its_claim_is_not_counted(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    await a.ask(claim(1))
+    await a.ask(gives_up(1))
+    assert (await a.ask(part(fail(2), 1))).verdict == LOST
+    assert (await a.ask(part(remove(3), 1))).verdict == LOST
+    assert bench.events() == []
+
+
+async def test_a_removal_is_settled_with_what_came_of_it(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(reserve(1))
+    await a.ask(live(1))
+    for request_id, errno in (("first", ""), ("second", "ENOENT")):
+        await a.ask(claim(10, request_id))
+        assert (await a.ask(part(remove(11), 10))).errno == errno
+        again = await b.ask(claim(10, request_id))
+        assert again.verdict == SHARED
+        assert again.record.parts[0].unload.errno == errno
+    assert counted(bench).counters.unloads == 1
+
+
+async def test_a_batch_with_claims_that_comes_twice_is_answered_alike(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    await a.ask(claim(1))
+    first = await a.ask(part(fail(2), 1))
+    for sequence, operation in ((2, part(fail(2), 1)),):
+        answer = a.expect(2)
+        await a.submit(sequence, operation)
+        assert (await answer).event_id == first.event_id
+    answer = a.expect(1)
+    settle_again = pb.Operation(call_id=1, settle_claim=pb.SettleClaim())
+    await a.submit(3, settle_again)
+    assert (await answer).verdict == PROCEED
+    assert counted(bench).counters.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("operation", "sentence"),
+    [
+        (claim(1, ""), "'' is no request id: 1 to 128 bytes"),
+        (claim(1, "x" * 129), "is no request id: 1 to 128 bytes"),
+        (claim(1, "a\0"), "is no request id: 1 to 128 bytes, printable"),
+        (claim(1, digest=b"x" * 65), "a digest of 65 bytes is longer than 64"),
+        (pb.Operation(call_id=1, settle_claim=pb.SettleClaim(result=b"x" * 65537)), "a result of 65537 bytes"),
+    ],
+)
+async def test_a_claim_that_makes_no_sense_is_answered_by_a_sentence(
+    bench: Bench, operation: pb.Operation, sentence: str
+) -> None:
+    [a] = await connected(bench, "a")
+    result = await a.ask(operation)
+    assert result.verdict == INVALID
+    assert sentence in result.message
+
+
+async def test_a_batch_must_say_that_it_has_claims(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    answer = a.expect(1)
+    await a.submit(1, claim(1))
+    assert (await answer).message == "the batch of call 1 does not say that it has claims"
+
+
+async def test_what_a_claim_is_answered_with_is_bounded(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    for call_id in range(2, 99):
+        long = fail(call_id)
+        long.finish_call.call.worker = "x" * 100_000
+        result = await a.ask(part(long, 1, settles=False))
+        if result.verdict == INVALID:
+            break
+        assert result.verdict == PROCEED
+    assert result.message == f"the record of request 'r' can't be longer than {MAX_RECORD_BYTES} bytes"
+    assert counted(bench).counters.calls == call_id - 2 == 10
+    # The claim goes on with what it has.
+    await a.ask(part(fail(100), 1))
+    assert len((await b.ask(claim(1))).record.parts) == 11
+
+
+async def test_signals_are_remembered_of_so_many_calls_and_no_more(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "MAX_INTERRUPTED", 3)
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    for call_id in range(10, 20):
+        wait = b.begin(claim(call_id))
+        await settle(b)
+        await b.send(interrupt(call_id))
+        assert (await wait).verdict == INTERRUPTED
+    assert list(bench.ledger._state.instances["b"].interrupted) == [17, 18, 19]
+
+
+async def test_claims_are_forgotten_after_a_day_some_at_a_time(tmp_path: Path) -> None:
+    now_ns, now_seconds = 10**18, 1000.0
+    bench = await Bench.open(tmp_path / "stats.sqlite3")
+    await bench.ledger.stop()
+    bench.ledger = Ledger(bench.faulty, clock=lambda: now_seconds, wall_clock_ns=lambda: now_ns)
+    await bench.ledger.start()
+    [a] = await connected(bench, "a")
+    for number in range(PRUNED_ROWS + 10):
+        await a.send(claim(2 * number + 2, f"r{number}"))
+        await a.send(part(fail(2 * number + 3), 2 * number + 2))
+    await a.ask(claim(1, "held"))
+    await settle_all(a)
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now_ns, now_seconds
+        now_seconds += seconds
+        now_ns += int(seconds * 1e9)
+
+    pass_time(CLAIM_SECONDS - 1)
+    everything = [("default", f"r{number}") for number in range(PRUNED_ROWS + 10)]
+
+    def left() -> int:
+        return len(bench.store.find_claims(everything))
+
+    assert not await bench.ledger.prune()
+    # A clock that is put forward makes nothing old.
+    now_ns += 2 * CLAIM_SECONDS * 10**9
+    assert not await bench.ledger.prune()
+    assert left() == PRUNED_ROWS + 10
+    pass_time(CLAIM_SECONDS)
+    assert await bench.ledger.prune()
+    assert left() == 10
+    assert not await bench.ledger.prune()
+    assert left() == 0
+    assert set(bench.store.find_claims([("default", "held"), ("default", "r1")])) == {("default", "held")}
+    assert (await a.ask(claim(9999, "r1"))).verdict == PROCEED
+    await bench.close()
+
+
+async def settle_all(loader: Loader) -> None:
+    await until(lambda: not loader.answers)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whoever_asks_and_dies_each_request_is_counted_once(bench: Bench, seed: int) -> None:
+    """Clients send requests with ids again and again to loaders that die at any moment, until they have an answer."""
+    rng = random.Random(seed)
+    loaders: list[Loader] = []
+    names = iter(range(10**6))
+    answers: dict[str, int] = {}
+    attempts = 0
+
+    async def start() -> Loader:
+        loader = Loader(bench, f"p{next(names)}")
+        await loader.connect()
+        loaders.append(loader)
+        return loader
+
+    async def kill(loader: Loader) -> None:
+        loaders.remove(loader)
+        loader.disconnect()
+        for answer in loader.answers.values():
+            answer.cancel()
+
+    async def ask(loader: Loader, operation: pb.Operation) -> pb.OperationResult:
+        """Ask a loader; whoever asks one that is dead by now is cut off like those who wait for it."""
+        if loader not in loaders:
+            raise asyncio.CancelledError
+        return await loader.ask(operation)
+
+    async def attempt(request_id: str) -> int:
+        """Carry a request out on some loader, as one does; return the event of its call."""
+        loader = rng.choice(loaders)
+        held = loader.new_call()
+        result = await ask(loader, claim(held, request_id))
+        if result.verdict == SHARED:
+            return result.record.parts[0].call.event_id
+        assert result.verdict == PROCEED, result.message
+        call = loader.new_call()
+        if rng.random() < 0.5:
+            await ask(loader, check(call, f"m{rng.randrange(3)}"))
+        return (await ask(loader, part(fail(call, Outcome.KREAD), held))).event_id
+
+    async def client(number: int) -> None:
+        nonlocal attempts
+        for step in range(15):
+            request_id = f"{number}-{step}"
+            tries = {asyncio.ensure_future(attempt(request_id)) for _ in range(rng.choice([1, 1, 2]))}
+            while True:
+                attempts += 1
+                done, _ = await asyncio.wait(tries, return_when=asyncio.FIRST_COMPLETED)
+                results = {task.result() for task in done if not task.cancelled()}
+                if results:
+                    assert len(results) == 1
+                    answers[request_id] = results.pop()
+                    break
+                tries = {task for task in tries if not task.done()} | {asyncio.ensure_future(attempt(request_id))}
+            for task in tries:
+                if not task.done():
+                    results = {await task} if not (await asyncio.wait({task}))[0].pop().cancelled() else set()
+                    assert results <= {answers[request_id]}
+
+    for _ in range(3):
+        await start()
+    clients = [asyncio.create_task(client(number)) for number in range(6)]
+    kills = 0
+    while not all(task.done() for task in clients):
+        floor = len(answers) + rng.randrange(1, 6)
+        await until(lambda floor=floor: len(answers) >= floor or all(task.done() for task in clients))  # type: ignore[misc]
+        await kill(rng.choice(loaders))
+        kills += 1
+        await start()
+        bench.now_seconds += 11
+        bench.ledger.expire_leases()
+    await asyncio.gather(*clients)
+    context = f"seed {seed}, {kills} kills, {attempts} attempts"
+    events = [event.call for event in bench.events() if event.call.outcome != call_pb2.OUTCOME_ABANDONED]
+    assert kills > 10, context
+    assert len(answers) == 90, context
+    assert sorted(answers.values()) == sorted(call.event_id for call in events), context
+    assert counted(bench).counters.calls == 90, context
+
+
+async def test_open_claims_are_requests_in_flight(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    await a.ask(claim(1))
+    with pytest.raises(NotNow):
+        await bench.ledger.reset_system("default")
+    await a.ask(part(pb.Operation(call_id=2, finish_call=pb.FinishCall(call=ended(Outcome.KREAD))), 1))
+    await bench.ledger.reset_system("default")
+
+
+# --- what is remembered of whom ---
+
+
+async def test_loaders_that_come_and_go_leave_nothing_in_memory(bench: Bench) -> None:
+    [b] = await connected(bench, "b")
+    state = bench.ledger._state
+    for number in range(20):
+        # Each is the one before, which has a lease no more, and loads a module that stays.
+        hello = pb.Hello(instance_id=f"p{number}", loader="p", former_instance_ids=[f"p{n}" for n in range(number)])
+        session, _ = await bench.ledger.connect(hello)
+        for sequence, operation in enumerate((reserve(1, f"m{number}"), live(1, f"m{number}")), 1):
+            operation.system = "default"
+            await bench.ledger.submit(session, pb.OperationBatch(sequence=sequence, operations=[operation]))
+        await bench.ledger.finish(session)
+        bench.ledger.disconnect(session, graceful=number % 2 == 0)
+        bench.now_seconds += 11
+        bench.ledger.hear(b.session) if b.session is not None else None
+        bench.ledger.expire_leases()
+        await settle(b)
+    assert set(state.instances) == {"b"} and not state._heirs
+    assert counted(bench).live_modules == 20
+    # What is no more in memory is refused all the same.
+    for name in ("p0", "p1", "p19"):
+        with pytest.raises(LeaseEnded):
+            await bench.ledger.connect(pb.Hello(instance_id=name, loader="p"))
+    # Whoever owns modules by a former name is told, as long as it is there.
+    session, _ = await bench.ledger.connect(
+        pb.Hello(instance_id="p20", loader="p", former_instance_ids=["p3"], live_call_ids=[1])
+    )
+    await b.ask(remove(b.new_call(), "m3"))
+    message = await session.next_results()
+    assert message is not None and list(message.released_call_ids) == [1]
+
+
+async def test_of_a_call_its_module_is_remembered_and_not_what_it_asked(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    exports = pb.Exports(exports=[pb.Export(symbol=f"symbol_{n}") for n in range(1000)]).SerializeToString()
+    formation = pb.Formation(exports=exports)
+    await a.ask(pb.Operation(call_id=1, reserve_name=pb.ReserveName(module="xfs", formation=formation)))
+    await a.ask(pb.Operation(call_id=1, find_symbols=pb.FindSymbols(symbols=["x"])))
+    await a.ask(pb.Operation(call_id=2, find_symbols=pb.FindSymbols(symbols=["x"])))
+    instance = bench.ledger._state.instances["a"]
+    assert instance.calls == {1: ("default", "xfs"), 2: ("default", "")}
+    await a.ask(fail(1, reserved=True))
+    await a.ask(fail(2))
+    assert not instance.calls
+
+
+async def test_processes_that_are_over_are_forgotten_after_a_week_unless_they_own_something(tmp_path: Path) -> None:
+    now_ns, now_seconds = 10**18, 1000.0
+    bench = await Bench.open(tmp_path / "stats.sqlite3")
+    await bench.ledger.stop()
+    bench.ledger = Ledger(bench.faulty, clock=lambda: now_seconds, wall_clock_ns=lambda: now_ns)
+    await bench.ledger.start()
+    owner, idle = await connected(bench, "owner", "idle")
+    await owner.ask(reserve(1))
+    await owner.ask(live(1))
+    for loader in (owner, idle):
+        assert loader.session is not None
+        bench.ledger.disconnect(loader.session, graceful=True)
+    [b] = await connected(bench, "b")
+    now_ns += 365 * 24 * 3600 * 10**9
+    await bench.ledger.prune()
+    assert bench.store.instance("idle") is not None
+    now_ns += (INSTANCE_SECONDS + 1) * 10**9
+    now_seconds += INSTANCE_SECONDS + 1
+    await bench.ledger.prune()
+    assert bench.store.instance("idle") is None
+    # One that is there, and one that would lose its modules, are not.
+    known = bench.store.instance("b"), bench.store.instance("owner")
+    assert all(known)
+    with pytest.raises(LeaseEnded):
+        await owner.connect()
+    await settle(b)
+    await bench.close()
+
+
+# --- what is asked again after its events may have gone ---
+
+
+async def removed_and_loaded_again(bench: Bench) -> tuple[Loader, Loader, int, int]:
+    """Have a loader remove a module that another one loads again; return both, and batch and event of the removal."""
+    a, b = await connected(bench, "a", "b")
+    await a.ask(reserve(1))
+    await a.ask(live(1))
+    event_id = (await a.ask(remove(2))).event_id
+    sequence = a.sequence
+    await b.ask(reserve(1))
+    await b.ask(live(1))
+    a.disconnect()
+    return a, b, sequence, event_id
+
+
+async def asked_again(bench: Bench, *batches: tuple[int, pb.Operation]) -> list[pb.OperationResult]:
+    """Have loader a open a stream, send batches, and break; return the answers, of which it reads none."""
+    session, _ = await bench.ledger.connect(pb.Hello(instance_id="a", loader="loader a"))
+    for sequence, operation in batches:
+        operation.system = "default"
+        await bench.ledger.submit(session, pb.OperationBatch(sequence=sequence, operations=[operation]))
+    results: list[pb.OperationResult] = []
+    while len(results) < len(batches):
+        message = await session.next_results()
+        assert message is not None
+        results += message.results
+    bench.ledger.disconnect(session)
+    return results
+
+
+async def prune_all(bench: Bench) -> None:
+    """Let go of every event that need not be kept, as after a long outage."""
+    while await bench.ledger.in_writer(lambda: bench.store.prune_events(Retention(1, 0, 8 * 10**18))):
+        pass
+
+
+async def test_what_a_loader_may_ask_again_is_kept_though_it_comes_back_before_it_asks(bench: Bench) -> None:
+    _, b, sequence, event_id = await removed_and_loaded_again(bench)
+    for _ in range(2):
+        # The stream breaks before anything is asked, then after it, and the answer is lost once more.
+        await asked_again(bench)
+        await settle(b)
+        await b.ask(fail(b.new_call()))
+        await prune_all(bench)
+        [again] = await asked_again(bench, (sequence, remove(2)))
+        assert (again.verdict, again.event_id) == (PROCEED, event_id)
+    assert (counted(bench).counters.unloads, counted(bench).live_modules) == (1, 1)
+
+
+async def test_a_removal_is_done_once_though_more_was_done_since_and_its_event_is_gone(bench: Bench) -> None:
+    """Two batches were sent again, and neither answer came: the first may have left nothing that is still kept."""
+    _, b, sequence, event_id = await removed_and_loaded_again(bench)
+    first, _ = await asked_again(bench, (sequence, remove(2)), (sequence + 1, fail(3)))
+    assert first.event_id == event_id
+    await b.ask(fail(b.new_call()))
+    await prune_all(bench)
+    assert event_id not in {event.event_id for event in bench.events()}
+    again, _ = await asked_again(bench, (sequence, remove(2)), (sequence + 1, fail(3)))
+    assert again.verdict == INVALID
+    assert again.message == "what became of the removal by call 2 is not known any more: more was done since"
+    assert (counted(bench).counters.unloads, counted(bench).live_modules) == (1, 1)
+    # Of the last batch it is known: what left no event failed, and fails again.
+    [failed] = await asked_again(bench, (sequence + 2, remove(4, "absent")))
+    assert failed.errno == "ENOENT"
+    assert (await asked_again(bench, (sequence + 2, remove(4, "absent"))))[0].errno == "ENOENT"

@@ -1,0 +1,81 @@
+"""Ages, by a wall clock that is put forward and back, and one that is wrong from the start."""
+
+from __future__ import annotations
+
+from stats_svc.ages import STEP_NS, Ages
+
+HOUR_NS = 3600 * 10**9
+DAY_NS = 24 * HOUR_NS
+START_NS = 20_000 * DAY_NS
+
+
+class Clocks:
+    """A wall clock and a steady one."""
+
+    def __init__(self) -> None:
+        self.wall_ns = START_NS
+        self.steady_ns = 5 * HOUR_NS
+
+    def ages(self) -> Ages:
+        return Ages(lambda: self.wall_ns, lambda: self.steady_ns)
+
+    def run(self, ns: int) -> None:
+        self.wall_ns += ns
+        self.steady_ns += ns
+
+
+def test_with_a_clock_that_goes_right_an_age_is_a_difference() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    for _ in range(3):
+        clocks.run(7 * DAY_NS)
+        assert ages.before_ns(DAY_NS) == clocks.wall_ns - DAY_NS
+    # As when it is set by a time server.
+    clocks.wall_ns += STEP_NS // 2
+    assert ages.before_ns(DAY_NS) == clocks.wall_ns - DAY_NS
+
+
+def test_a_clock_that_is_put_forward_makes_nothing_older() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    stored_ns = clocks.wall_ns
+    clocks.run(2 * HOUR_NS)
+    clocks.wall_ns += 3650 * DAY_NS
+    later_ns = clocks.wall_ns
+    ages.before_ns(HOUR_NS)
+    clocks.run(HOUR_NS)
+    # It is three hours old, whatever the clock says, and what was stored since is an hour old.
+    assert ages.before_ns(3 * HOUR_NS) == stored_ns
+    assert ages.before_ns(4 * HOUR_NS) == stored_ns - HOUR_NS
+    assert ages.before_ns(HOUR_NS) == later_ns
+    clocks.wall_ns += DAY_NS
+    assert ages.before_ns(3 * HOUR_NS) == stored_ns
+    clocks.run(30 * DAY_NS)
+    # In time it is as if nothing had been.
+    assert ages.before_ns(DAY_NS) == clocks.wall_ns - DAY_NS
+
+
+def test_a_clock_that_is_put_back_makes_nothing_older() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    stored_ns = clocks.wall_ns
+    clocks.wall_ns -= 5 * HOUR_NS
+    clocks.run(HOUR_NS)
+    assert ages.before_ns(HOUR_NS) <= stored_ns
+    clocks.wall_ns += 5 * HOUR_NS
+    assert ages.before_ns(HOUR_NS + 1) < stored_ns
+
+
+def test_who_starts_when_all_looks_too_old_counts_from_then_on() -> None:
+    clocks = Clocks()
+    newest_ns = clocks.wall_ns
+    clocks.wall_ns += 40 * DAY_NS
+    ages = clocks.ages()
+    ages.found(newest_ns)
+    assert ages.before_ns(30 * DAY_NS) == newest_ns - 30 * DAY_NS
+    clocks.run(10 * DAY_NS)
+    assert ages.before_ns(30 * DAY_NS) == newest_ns - 20 * DAY_NS
+    clocks.run(21 * DAY_NS)
+    assert ages.before_ns(30 * DAY_NS) == clocks.wall_ns - 30 * DAY_NS
+    # Where not all of it does, the clock is believed.
+    assert ages.before_ns(50 * DAY_NS) == clocks.wall_ns - 50 * DAY_NS
