@@ -29,7 +29,7 @@ MEMORY_EVENTS = 1_000_000
 SEED = 20230405
 
 
-def _call(number: int, dice: random.Random) -> call_pb2.Call:
+def call(number: int, dice: random.Random) -> call_pb2.Call:
     """Return an event such as a storm makes: one in ten goes live, the rest are duplicates."""
     live = dice.random() < 0.1
     late = dice.random() < 0.3
@@ -59,10 +59,11 @@ def _call(number: int, dice: random.Random) -> call_pb2.Call:
     return call
 
 
-def _batches(events: int) -> list[pb.RecordCalls]:
+def batches(events: int) -> list[pb.RecordCalls]:
+    """Return recorded calls, in batches."""
     dice = random.Random(SEED)
     numbers = range(1, events + 1, BATCH_EVENTS)
-    return [pb.RecordCalls(calls=[_call(n, dice) for n in range(first, first + BATCH_EVENTS)]) for first in numbers]
+    return [pb.RecordCalls(calls=[call(n, dice) for n in range(first, first + BATCH_EVENTS)]) for first in numbers]
 
 
 class Producer:
@@ -112,7 +113,7 @@ class Producer:
 
 
 async def _rates(stats: Service, sink: Service) -> Row:
-    records = _batches(ROUND_EVENTS)
+    records = batches(ROUND_EVENTS)
     ratios: list[float] = []
     figures: list[tuple[float, float]] = []
     async with (
@@ -144,7 +145,7 @@ async def _rates(stats: Service, sink: Service) -> Row:
 async def _memory(stats: Service) -> Row:
     """Measure the resident set after a tenth of the events, and after all of them."""
     events = int(os.environ.get("BENCH_EVENTS", MEMORY_EVENTS))
-    records = _batches(ROUND_EVENTS)
+    records = batches(ROUND_EVENTS)
     rounds = max(10, events // ROUND_EVENTS)
     sizes: list[int] = []
     async with grpc.aio.insecure_channel(stats.address) as channel:

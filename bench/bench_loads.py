@@ -40,10 +40,16 @@ async def _calls_a_second(call: Callable[[int, int], Awaitable[None]], calls: in
 
 
 async def _small_modules(stub: LoaderServiceStub) -> list[str]:
-    """Return the names of the smallest modules of the tree, one for each caller."""
+    """Return the names of the smallest modules of the tree that use no other, one for each caller.
+
+    One that another caller's module uses at that moment could not be unloaded.
+    """
     listed = await stub.ListModules(pb.ListModulesRequest(page_size=10_000))
-    files = sorted((module.file_bytes, module.name) for module in listed.modules if module.file)
-    return [name for _, name in files[:IN_FLIGHT]]
+    names: list[str] = []
+    for _, name in sorted((module.file_bytes, module.name) for module in listed.modules if module.file):
+        if len(names) < IN_FLIGHT and not (await stub.GetModule(pb.GetModuleRequest(module=name))).module.depends:
+            names.append(name)
+    return names
 
 
 async def _streamed(stub: LoaderServiceStub, modules: list[str], calls: int) -> float:
