@@ -47,6 +47,9 @@ class Loader:
         self._clients: dict[asyncio.Future[Any], Callable[[], None] | None] = {}
         """Those who wait for an answer, and what is done when they no longer do."""
 
+        self.leaving = asyncio.Event()
+        """Set when a stop no longer lets clients wait."""
+
         self._steps: dict[tuple[str, bool], tuple[list[str], list[LoadStep]]] = {}
 
     # --- requests ---
@@ -187,16 +190,27 @@ class Loader:
 
     # --- tasks that outlive their clients ---
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start ``work``, whose end a stop of the loader waits for."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # or asyncio would complain where nobody looks at it
+
     async def answer(self, work: Coroutine[Any, Any, T], on_cancel: Callable[[], None] | None = None) -> T:
         """Run ``work`` to its end whatever its client does, and return its result to the client.
 
         Unavailable to the client, while the work goes on, if stats_svc stays away for longer than patience allows.
         """
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
+        task = self.begin(work)
         client: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._clients[client] = on_cancel
-        task.add_done_callback(functools.partial(self._settle, client))
+        task.add_done_callback(functools.partial(_settle, client))
         try:
             return await client
         except asyncio.CancelledError:
@@ -206,26 +220,19 @@ class Loader:
         finally:
             self._clients.pop(client, None)
 
-    def _settle(self, client: asyncio.Future[T], task: asyncio.Task[T]) -> None:
-        self._tasks.discard(task)
-        if client.done():
-            if not task.cancelled():
-                task.exception()  # or asyncio would complain that nobody has looked at it
-        elif task.cancelled():
-            client.cancel()
-        elif (error := task.exception()) is not None:
-            client.set_exception(error)
-        else:
-            client.set_result(task.result())
-
     def send_clients_away(self) -> None:
         """Tell every waiting client that this loader stops; a call without a request id is sent a signal."""
-        error = Unavailable(f"loader {self.machine.loader!r} is stopping")
+        self.leaving.set()
+        error = self.stopping()
         for waiting, on_cancel in list(self._clients.items()):
             if not waiting.done():
                 waiting.set_exception(error)
                 if on_cancel is not None:
                     on_cancel()
+
+    def stopping(self) -> Unavailable:
+        """Return the error that says that this loader stops."""
+        return Unavailable(f"loader {self.machine.loader!r} is stopping")
 
     async def tell_clients_when_away(self) -> None:
         """Tell every waiting client when stats_svc has been away for too long. Runs until cancelled."""
@@ -246,6 +253,18 @@ class Loader:
         """Return when every request has ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def _settle(client: asyncio.Future[T], task: asyncio.Task[T]) -> None:
+    """Give who waits, if anybody still does, what became of the work."""
+    if client.done():
+        return
+    if task.cancelled():
+        client.cancel()
+    elif (error := task.exception()) is not None:
+        client.set_exception(error)
+    else:
+        client.set_result(task.result())
 
 
 class Load:

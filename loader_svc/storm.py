@@ -34,8 +34,15 @@ MAX_OPERATIONS: Final = 2**53
 STOP_SECONDS: Final = 5.0
 """How long a stopped storm waits for the calls in flight before it tells what it has counted."""
 
+UNENDED: Final = "a call had not ended long after the storm was to stop"
+
 PASSING_ERRNOS: Final = frozenset({"", "EEXIST", "EBUSY", "EINTR"})
 """What a worker gets past: these depend on what other calls do at the moment."""
+
+
+async def _first(*futures: asyncio.Future[Any], seconds: float | None = None) -> None:
+    """Wait until one of them is done, or for so long."""
+    await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +179,7 @@ class Storm:
         peak = loader.machine.meter.begin_peak()
         start = asyncio.Event()
         workers = [
-            asyncio.ensure_future(loader.answer(self._work(start, plan.first_worker + number, policy)))
-            for number in range(plan.workers)
+            loader.begin(self._work(start, plan.first_worker + number, policy)) for number in range(plan.workers)
         ]
         self._active_workers = plan.workers
         self._started_ns = time.monotonic_ns()
@@ -181,23 +187,27 @@ class Storm:
         stop_after = asyncio.ensure_future(self._stop_after(plan.seconds))
         everyone = asyncio.ensure_future(asyncio.wait(workers))
         stopping = asyncio.ensure_future(self._stopping.wait())
+        leaving = asyncio.ensure_future(loader.leaving.wait())
+        away = asyncio.ensure_future(loader.machine.ledger.wait_away())
         try:
-            await asyncio.wait({everyone, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await _first(everyone, stopping, leaving, away)
+            if not leaving.done():
+                await _first(everyone, leaving, away, seconds=STOP_SECONDS)
             if not everyone.done():
-                await asyncio.wait({everyone}, timeout=STOP_SECONDS)
                 for call in list(self._calls):
                     call.interrupt()
-                await asyncio.wait({everyone}, timeout=STOP_SECONDS)
+                await _first(everyone, away, seconds=STOP_SECONDS)
         finally:
             self._stopping.set()
             self._ended_ns = time.monotonic_ns()
-            for task in (stop_after, stopping, everyone, *workers):
+            for task in (stop_after, everyone, stopping, leaving, away):
                 task.cancel()
-            for result in await asyncio.gather(*workers, return_exceptions=True):
-                # A worker whose caller was told that stats_svc is away, or that failed as nobody foresaw.
-                if isinstance(result, Exception):
-                    self._errors += 1
-                    self._first_error = self._first_error or str(result)
+        for worker in workers:
+            if not worker.done():
+                # What becomes of its call is not summed up.
+                self._add_error(loader.machine.ledger.unavailable() if away.done() else NotNow(UNENDED))
+            elif (error := worker.exception()) is not None:
+                self._add_error(error)
         return self._summary(loader.machine.meter.end_peak(peak))
 
     async def _stop_after(self, seconds: float | None) -> None:
@@ -221,18 +231,30 @@ class Storm:
             specs = [self._loader.spec(name, policy=policy, kmod=plan.kmod, copy=copy) for name in plan.modules]
             await start.wait()
             done = 0
-            while not self._stopping.is_set():
+            while not self._is_over():
                 for spec, file in specs:
-                    if self._stopping.is_set() or not await self._load_and_unload(spec, file, worker, copy, policy):
+                    if self._is_over() or not await self._load_and_unload(spec, file, worker, copy, policy):
                         return
                 done += 1
                 if plan.once or (plan.operations and done >= plan.operations):
                     return
         except ModpressureError as error:
-            self._errors += 1
-            self._first_error = self._first_error or error.sentence
+            self._add_error(error)
         finally:
             self._active_workers -= 1
+
+    def _is_over(self) -> bool:
+        """Return whether a worker is to begin no further call. Unavailable if that is because the loader stops."""
+        if self._stopping.is_set():
+            return True
+        if self._loader.leaving.is_set():
+            self._stopped_early = True
+            raise self._loader.stopping()
+        return False
+
+    def _add_error(self, error: BaseException) -> None:
+        self._errors += 1
+        self._first_error = self._first_error or str(error)
 
     async def _load_and_unload(self, spec: CallSpec, file: File, worker: str, copy: int, policy: int) -> bool:
         """Load until it succeeds (mode once: once), then unload; return whether the worker is to go on."""
@@ -253,11 +275,11 @@ class Storm:
                 if not plan.keep_loaded:
                     unload = await self._remove(spec.module, worker)
                     # Another worker's module uses it for as long as that is loaded; nobody else would unload this one.
-                    while unload.errno == "EWOULDBLOCK" and not self._stopping.is_set():
+                    while unload.errno == "EWOULDBLOCK" and not self._is_over():
                         unload = await self._remove(spec.module, worker)
                     self._unloads += not unload.errno
                 return True
-            if call.errno not in PASSING_ERRNOS or self._stopping.is_set():
+            if call.errno not in PASSING_ERRNOS or self._is_over():
                 return False
 
     def _count(self, call: call_pb2.Call) -> None:

@@ -693,6 +693,44 @@ async def test_a_storm_waits_for_the_start_and_ends_when_told(machine: Machine) 
     assert response.summary.calls == (await machine.counters()).calls > 0
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+async def test_a_storm_that_its_loaders_stop_breaks_off_counts_its_last_calls(
+    start: StartMachine, hand: Hand, waiting: bool
+) -> None:
+    machine = await start("--grace-seconds", "5")
+    workers = 4
+    if waiting:
+        await hand.reserve(2, "minix")
+    plan = pb.Storm(system=machine.system, modules=["minix"], workers=workers)
+    plan.duration.FromSeconds(600)
+    responses = machine.loader.RunStorm(iter([pb.RunStormRequest(storm=plan)]))
+
+    async def all_wait() -> bool:
+        return (await machine.counters()).waiting_calls == workers
+
+    if waiting:
+        await until(all_wait)
+    else:
+        while not (response := await responses.read()).progress.operations:
+            pass
+    machine.process.popen.terminate()
+    while not (response := await responses.read()).HasField("summary"):
+        pass
+    summary = response.summary
+    assert await asyncio.to_thread(machine.process.popen.wait, 30) == 0
+
+    events = await machine.events()
+    ended = Counter((event.call.outcome, event.call.errno) for event in events if event.HasField("call"))
+    assert {(outcome.outcome, outcome.errno): outcome.count for outcome in summary.outcomes} == ended
+    assert summary.unloads == sum(event.HasField("unload") for event in events)
+    if waiting:
+        # A call that waits ends as by a signal; none is left to be abandoned.
+        assert ended == {(call_pb2.OUTCOME_BECOMING, "EINTR"): workers}
+    assert summary.stopped
+    # Each worker was to go on.
+    assert (summary.errors, "is stopping" in summary.first_error) == (workers, True)
+
+
 # --- the tree ---
 
 
