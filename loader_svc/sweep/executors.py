@@ -57,8 +57,8 @@ def processes(count: int) -> Iterator[Executor]:
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
-        # Waits for the pool's own thread: left to the interpreter's end, that would wake it by a pipe which the thread may
-        # be closing just then, and show a traceback (CPython before 3.12).
+        # Waits for the pool's own thread: left to the interpreter's end, that would wake it by a pipe which the thread
+        # may be closing just then, and show a traceback (CPython before 3.12).
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
