@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection, Row
 
 from stats_svc import schema
 from stats_svc.rows import ClaimKey, ClaimRow, SystemDelta
+from stats_svc.writes import Write
 
 MAX_KEYS: Final = 500
 """Claims that one statement asks for: SQLite takes so many parameters, and more would not be quicker."""
@@ -49,7 +50,7 @@ def find(connection: Connection, keys: Collection[ClaimKey]) -> dict[ClaimKey, C
     return found
 
 
-def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Any, now_ns: int) -> None:
+def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Write, now_ns: int) -> None:
     """Store claims as they are now, by the keys of their systems; ``put`` inserts or overwrites a row."""
     rows = [
         {
@@ -66,7 +67,7 @@ def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Any, 
         for row in delta.claims.values()
     ]
     if rows:
-        connection.execute(put, rows)
+        put.execute(connection, rows)
 
 
 def prune(connection: Connection, *, before_ns: int, most: int) -> int:

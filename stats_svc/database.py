@@ -174,7 +174,7 @@ class Database:
 
         @event.listens_for(engine, "begin")
         def on_begin(connection: Connection) -> None:
-            connection.exec_driver_sql(begin)
+            connection.connection.cursor().execute(begin)
 
         return engine
 
@@ -267,6 +267,9 @@ class Database:
             yield
         except sa.exc.DBAPIError as error:
             raise StoreError(f"{self.name}: {_reason(error.orig)}") from error
+        except sqlite3.Error as error:
+            # Of what goes past SQLAlchemy.
+            raise StoreError(f"{self.name}: {_reason(error)}") from error
         except sa.exc.SQLAlchemyError as error:
             raise StoreError(f"{self.name}: {_first_line(error)}") from error
         except OSError as error:

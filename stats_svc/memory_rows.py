@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 from modpressure.kernel.system_memory import Amounts, Holding
 from stats_svc import schema
 from stats_svc.rows import HeldRow, SystemDelta, SystemRow
+from stats_svc.writes import Write
 
 _LIMITS = schema.memory_limits
 _HELD = schema.held_memory
@@ -60,7 +61,7 @@ def load(connection: Connection, names: Mapping[str, str]) -> list[HeldRow]:
     ]
 
 
-def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Any) -> None:
+def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Write) -> None:
     """Store what some systems' calls hold now, and the peaks; ``put`` inserts or overwrites a row."""
     rows, gone, peaks = [], [], []
     for system, delta in deltas.items():
@@ -72,9 +73,12 @@ def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Any) 
                 rows.append(dict(zip(_HELD_COLUMNS, values, strict=True)))
         if delta.peak_taken is not None:
             peaks.append(_peak_values(system, delta.peak_taken))
-    for statement, parameters in ((_remove, gone), (put, rows), (_set_peak, peaks)):
-        if parameters:
-            connection.execute(statement, parameters)
+    if gone:
+        connection.execute(_remove, gone)
+    if rows:
+        put.execute(connection, rows)
+    if peaks:
+        connection.execute(_set_peak, peaks)
 
 
 def _peak_values(system: str, peak: Amounts) -> dict[str, Any]:

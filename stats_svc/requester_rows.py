@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,8 +32,17 @@ def tallies(connection: Connection, system: str) -> dict[Requester, Tally]:
     return {Requester(*row[:2]): Tally(*row[2:]) for row in rows}
 
 
-def values_of(deltas: Mapping[str, SystemDelta]) -> Iterator[dict[str, Any]]:
-    """Yield what is to be added to each requester, as the values of a row."""
-    for system, delta in deltas.items():
-        for requester, tally in delta.requesters.items():
-            yield {"system": system, "origin": requester.origin, "requester": requester.label, **asdict(tally)}
+def values_of(deltas: Mapping[str, SystemDelta]) -> list[dict[str, Any]]:
+    """Return what is to be added to each requester, as the values of rows."""
+    return [
+        {
+            "system": system,
+            "origin": requester.origin,
+            "requester": requester.label,
+            "calls": tally.calls,
+            "failures": tally.failures,
+            "wasted_bytes": tally.wasted_bytes,
+        }
+        for system, delta in deltas.items()
+        for requester, tally in delta.requesters.items()
+    ]

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
 
 from modpressure.kernel.counters import COUNTER_NAMES
 from modpressure.kernel.modules_list import State
 from stats_svc import memory_rows, schema
+from stats_svc.writes import Write
 
 
 class Statements:
     """The statements of the busiest paths, built once. ``insert`` is the dialect's own, which knows ON CONFLICT."""
 
-    def __init__(self, insert: Any) -> None:
+    def __init__(self, insert: Any, dialect: Dialect) -> None:
+        def write(statement: Any) -> Write:
+            return Write(statement, dialect)
+
         systems, modules = schema.systems, schema.modules
         failed, instances = schema.failed_modules, schema.instances
         live = (
@@ -37,7 +42,7 @@ class Statements:
             .scalar_subquery()
         ).select_from(systems)
         peak = sa.bindparam("peak", type_=sa.BigInteger)
-        self.add_to_system = (
+        self.add_to_system = write(
             sa.update(systems)
             .where(systems.c.id == sa.bindparam("the_system"))
             .values(
@@ -54,32 +59,40 @@ class Statements:
                 }
             )
         )
-        self.remove_module = sa.delete(modules).where(
-            modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")
+        self.remove_module = write(
+            sa.delete(modules).where(
+                modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")
+            )
         )
-        self.put_module = _upsert(insert, modules)
+        self.put_module = write(_upsert(insert, modules))
         uses = schema.module_uses
-        self.remove_uses = sa.delete(uses).where(
-            uses.c.system == sa.bindparam("the_system"), uses.c.name == sa.bindparam("the_name")
+        self.remove_uses = write(
+            sa.delete(uses).where(uses.c.system == sa.bindparam("the_system"), uses.c.name == sa.bindparam("the_name"))
         )
-        self.put_uses = sa.insert(uses)
-        self.put_held = _upsert(insert, schema.held_memory)
-        self.put_claim = _upsert(insert, schema.claims)
+        self.put_uses = write(sa.insert(uses))
+        self.put_held = write(_upsert(insert, schema.held_memory))
+        self.put_claim = write(_upsert(insert, schema.claims))
         new = insert(schema.requesters)
-        self.add_requester = new.on_conflict_do_update(
-            index_elements=[column.name for column in schema.requesters.primary_key],
-            set_={
-                name: schema.requesters.c[name] + new.excluded[name] for name in ("calls", "failures", "wasted_bytes")
-            },
+        self.add_requester = write(
+            new.on_conflict_do_update(
+                index_elements=[column.name for column in schema.requesters.primary_key],
+                set_={
+                    name: schema.requesters.c[name] + new.excluded[name]
+                    for name in ("calls", "failures", "wasted_bytes")
+                },
+            )
         )
-        self.put_instance = _upsert(insert, instances, but="first_segment")
-        self.put_segment = sa.insert(schema.event_segments)
+        self.put_instance = write(_upsert(insert, instances, but="first_segment"))
+        self.put_segment = write(sa.insert(schema.event_segments))
         new = insert(failed)
-        self.add_failed = new.on_conflict_do_update(
-            index_elements=[column.name for column in failed.primary_key],
-            set_={
-                name: failed.c[name] + new.excluded[name] for name in ("becoming_count", "load_count", "wasted_bytes")
-            },
+        self.add_failed = write(
+            new.on_conflict_do_update(
+                index_elements=[column.name for column in failed.primary_key],
+                set_={
+                    name: failed.c[name] + new.excluded[name]
+                    for name in ("becoming_count", "load_count", "wasted_bytes")
+                },
+            )
         )
 
 

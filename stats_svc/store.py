@@ -7,7 +7,7 @@ hop to a thread, while aiosqlite would make one for every statement.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Final
@@ -67,7 +67,7 @@ class SqlStore:
             from sqlalchemy.dialects.sqlite import insert
         else:
             from sqlalchemy.dialects.postgresql import insert
-        self._statements = Statements(insert)
+        self._statements = Statements(insert, self._database.writer.dialect)
         self._next_segment = 1
         self._keys: dict[str, str] = {}
         """By the names of the systems that users see, their keys."""
@@ -242,8 +242,11 @@ class SqlStore:
                 self._add(connection, step.deltas, commit.time_ns)
         if commit.instances:
             first_segment = self._next_segment
-            rows = [{**asdict(instance), "first_segment": first_segment} for instance in commit.instances]
-            _execute(connection, self._statements.put_instance, rows)
+            rows = [
+                {name: getattr(instance, name) for name in InstanceRow.__slots__} | {"first_segment": first_segment}
+                for instance in commit.instances
+            ]
+            self._statements.put_instance.execute(connection, rows)
 
     def _admin(self, connection: Connection, step: Changes, now_ns: int) -> None:
         if step.create is not None:
@@ -271,10 +274,10 @@ class SqlStore:
             deltas = {self._keys[name]: delta for name, delta in by_name.items()}
         except KeyError:
             raise self._gone() from None
-        added = connection.execute(
-            statements.add_to_system, [_delta_values(system, delta, now_ns) for system, delta in deltas.items()]
+        added = statements.add_to_system.execute(
+            connection, [_delta_values(system, delta, now_ns) for system, delta in deltas.items()]
         )
-        if added.rowcount != len(deltas):
+        if added != len(deltas):
             raise self._gone()
         gone, put, failed, segments, unused, uses = [], [], [], [], [], []
         for system, delta in deltas.items():
@@ -292,15 +295,19 @@ class SqlStore:
             uses += [
                 {"system": system, "name": name, "used": used} for name, names in delta.uses.items() for used in names
             ]
-        _execute(connection, statements.remove_module, gone)
-        _execute(connection, statements.put_module, put)
-        _execute(connection, statements.remove_uses, unused)
-        _execute(connection, statements.put_uses, uses)
-        _execute(connection, statements.add_failed, failed)
-        _execute(connection, statements.put_segment, segments)
+        for write, rows in (
+            (statements.remove_module, gone),
+            (statements.put_module, put),
+            (statements.remove_uses, unused),
+            (statements.put_uses, uses),
+            (statements.add_failed, failed),
+            (statements.put_segment, segments),
+            (statements.add_requester, requester_rows.values_of(deltas)),
+        ):
+            if rows:
+                write.execute(connection, rows)
         memory_rows.commit(connection, deltas, statements.put_held)
         claim_rows.commit(connection, deltas, statements.put_claim, now_ns)
-        _execute(connection, statements.add_requester, requester_rows.values_of(deltas))
 
     def _gone(self) -> StoreError:
         return StoreError(f"{self.name}: a system is gone that this process had not deleted")
@@ -480,12 +487,6 @@ class SqlStore:
         """Return a loader process, also one that is fenced; None if it is not known."""
         with self._database.errors(), self._database.reader.connect() as connection:
             return instance_rows.find(connection, instance_id)
-
-
-def _execute(connection: Connection, statement: Any, parameters: Iterable[dict[str, Any]]) -> None:
-    rows = list(parameters)
-    if rows:
-        connection.execute(statement, rows)
 
 
 def _fields(key: str, row: ModuleRow) -> tuple[Any, ...]:

@@ -240,7 +240,9 @@ class Counters:
     def add(self, other: Counters) -> None:
         """Add every counter of ``other`` to this one."""
         for name in COUNTER_NAMES:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            # Of most calls all but a few are 0.
+            if number := getattr(other, name):
+                setattr(self, name, getattr(self, name) + number)
 
 
 COUNTER_NAMES: tuple[str, ...] = tuple(field.name for field in fields(Counters))
