@@ -563,7 +563,6 @@ class LedgerClient:
         # Answers to calls that waited come with an older number.
         self._applied_sequence = max(self._applied_sequence, results.applied_sequence)
         self._ended_again.difference_update(result.call_id for result in results.results)
-        self._make_room()
         for result in results.results:
             call_id = result.call_id
             asked = self._asked.pop(call_id, None)
@@ -595,6 +594,8 @@ class LedgerClient:
                 self._durable_sequence = max(self._durable_sequence, batch.message.sequence)
             if not asked.answer.done():
                 asked.answer.set_result(result)
+        # After the answers: what they lead to at once leaves with what waits, in one batch.
+        self._make_room()
         if self._batches and not results.results:
             # A batch of interrupts alone, or of nothing, has no answers; it is done with once it is applied.
             for sequence in [s for s, b in self._batches.items() if s <= results.applied_sequence and not b.unanswered]:

@@ -141,3 +141,23 @@ async def test_what_only_waits_for_others_holds_up_nothing_when_it_is_asked_agai
     assert (await second.batch()).sequence == 2
     await second.answer(2, 1, 2)
     await asyncio.gather(checking, removing)
+
+
+async def test_what_an_answer_leads_to_leaves_with_what_has_gathered(stats: tuple[StatsSvc, LedgerClient]) -> None:
+    """One caller who is a step behind must not cost a batch of his own, and a commit, at each step of the others."""
+    servicer, client = stats
+    stream = await servicer.stream()
+    await stream.hello()
+    await stream.welcome(0)
+
+    async def remove_twice() -> None:
+        await client.ask(remove(1))
+        await client.ask(remove(3))
+
+    first = asyncio.create_task(remove_twice())
+    assert [operation.call_id for operation in (await stream.batch()).operations] == [1]
+    behind = asyncio.create_task(client.ask(remove(2)))
+    await stream.answer(1, 1)
+    assert sorted(operation.call_id for operation in (await stream.batch()).operations) == [2, 3]
+    await stream.answer(2, 2, 3)
+    await asyncio.gather(first, behind)
