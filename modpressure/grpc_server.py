@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from modpressure.access import Door
 from modpressure.admission import Admission, ClientOf
 from modpressure.connections import LOOK_SECONDS, Connections
-from modpressure.errors import BadRequest, ModpressureError
-from modpressure.grpc_errors import IN_FLIGHT, InFlight
+from modpressure.errors import BadRequest, ModpressureError, Unavailable
+from modpressure.grpc_errors import IN_FLIGHT, InFlight, translate_errors
 from modpressure.limits import DEFAULT_LIMITS, Limits
 from modpressure.malformed import ParsingServer
 from modpressure.tls import ServerTls
@@ -68,18 +68,18 @@ class _Health(health.aio.HealthServicer):
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802, RUF100
         """Stream the health of a service until the client goes or the server stops."""
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        stop = asyncio.ensure_future(self._stopping.wait())
-        try:
-            await asyncio.wait({watch, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                await watch
-        finally:
-            for task in (watch, stop):
-                task.cancel()
-            await asyncio.gather(watch, stop, return_exceptions=True)
-        if not context.done():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+        async with translate_errors(context, "Health.Watch"):
+            watch = asyncio.ensure_future(super().Watch(request, context))
+            stop = asyncio.ensure_future(self._stopping.wait())
+            try:
+                await asyncio.wait({watch, stop}, return_when=asyncio.FIRST_COMPLETED)
+                if watch.done():
+                    await watch
+            finally:
+                for task in (watch, stop):
+                    task.cancel()
+                await asyncio.gather(watch, stop, return_exceptions=True)
+            raise Unavailable("the server is stopping")
 
 
 def split_address(listen: str) -> tuple[str, int]:

@@ -181,6 +181,24 @@ async def test_who_watches_the_health_hears_of_the_stop_and_does_not_hold_it_up(
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+async def test_who_watches_the_health_is_told_when_the_server_is_given_up() -> None:
+    server = serve(Raising(), grace_seconds=3600)
+    address = await server.start()
+    serving = asyncio.ensure_future(server.serve_until_stopped())
+    async with grpc.aio.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == SERVING
+        serving.cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watch.read()
+        assert (caught.value.code(), caught.value.details()) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "the server is stopping",
+        )
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+
+
 async def test_reflection_lists_the_services_and_can_be_off() -> None:
     for on in (True, False):
         server = serve(Raising(), reflection=on)
