@@ -24,7 +24,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from modpressure.client_errors import TimedOut, rpc_errors
 from modpressure.errors import BadRequest, Overloaded, Unavailable
-from modpressure.tls import ClientTls, open_channel
+from modpressure.tls import ClientTls, Follower, open_channel
 from modpressure.v1.call_pb2 import Event, Origin, Outcome, Policy
 from modpressure.v1.loader_service_pb2 import (
     GetModuleRequest,
@@ -138,7 +138,8 @@ class Client:
     or those of several over one database, with commas: while one does not answer, the next is asked;
     ``timeout_seconds`` is for each single request, streams have none. Without ``tls`` nothing is encrypted;
     ``token`` is shown to both services.
-    Channels open on first use; BadCredentials if the files of ``tls`` are not in order.
+    Channels open on first use; BadCredentials if the files of ``tls`` are not in order. These may be replaced at any
+    time: calls that begin after that show the new certificate, those in flight go on.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Client:
         self._stats_addresses = stats.split(",")
         self.timeout_seconds = timeout_seconds
         self._tls = tls
+        self._follower: Follower[Any] | None = None
         self._token = token
         self._next_loader = itertools.cycle(self.loaders)
         self._channels: dict[str, Any] = {}
@@ -169,25 +171,33 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close all channels; calls in flight are cancelled."""
+        """Close all channels; calls in flight are cancelled, but for those from before certificates were replaced."""
         channels = list(self._channels.values())
         self._channels.clear()
         for channel in channels:
             await channel.close()
 
     def _channel(self, address: str) -> Any:
+        """Return a channel to ``address`` with the certificates that the files have now, for calls that begin now."""
+        if self._tls is not None and self._follower is None:
+            # Whoever uses a client has not asked it for log lines.
+            self._follower = Follower(self._tls, is_logged=False)
+        if self._follower is not None and self._follower.changed() is not None:
+            # Each is closed with the last call that uses it.
+            self._channels.clear()
         if address not in self._channels:
+            credentials = self._follower.current if self._follower else None
             # Addresses are HOST:PORT, dns:///HOST:PORT or unix:PATH; reads alone are tried again.
-            self._channels[address] = open_channel(address, self._tls, _OPTIONS, self._token)
+            self._channels[address] = open_channel(address, credentials, _OPTIONS, self._token)
         return self._channels[address]
 
     def loader_stub(self, address: str) -> LoaderServiceAsyncStub:
-        """Return the generated stub for the loader at ``address``."""
+        """Return the generated stub for the loader at ``address``, for calls that begin now."""
         stub: LoaderServiceAsyncStub = LoaderServiceStub(self._channel(address))
         return stub
 
     def stats_stub(self) -> StatsServiceAsyncStub:
-        """Return the generated stub for stats_svc."""
+        """Return the generated stub for stats_svc, for calls that begin now."""
         stub: StatsServiceAsyncStub = StatsServiceStub(self._channel(self.stats_address))
         return stub
 
@@ -207,7 +217,7 @@ class Client:
         while True:
             address = loader or next(self._next_loader)
             try:
-                return await self._ask(LOADER_SVC, address, getattr(self.loader_stub(address), method), request, due)
+                return await self._ask(LOADER_SVC, address, method, request, due)
             except TimedOut:
                 raise
             except Unavailable:
@@ -229,9 +239,7 @@ class Client:
             # One that is frozen takes what is asked, and says nothing.
             until = min(due, now() + SILENT_SECONDS) if may_turn else due
             try:
-                return await self._ask(
-                    STATS_SVC, self.stats_address, getattr(self.stats_stub(), method), request, until
-                )
+                return await self._ask(STATS_SVC, self.stats_address, method, request, until)
             except TimedOut:
                 if not may_turn or until >= due:
                     raise
@@ -249,21 +257,23 @@ class Client:
             return False
         return True
 
-    async def _ask(self, service: str, address: str, method: Any, request: Any, due: float | None = None) -> Any:
+    async def _ask(self, service: str, address: str, method: str, request: Any, due: float) -> Any:
         """Ask, and again when a server has said that it was too much and when to come back, while there is time.
 
-        ``due`` is when that is up, by the loop's clock; ``timeout_seconds`` from now if it is not given.
+        ``due`` is when that is up, by the loop's clock.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.timeout_seconds if due is None else due
+        stub_class: Any = LoaderServiceStub if service == LOADER_SVC else StatsServiceStub
         while True:
+            # Anew each time: by then there may be another channel.
+            stub = stub_class(self._channel(address))
             try:
                 with rpc_errors(service, address, self.timeout_seconds):
-                    return await method(request, timeout=max(0.0, deadline - loop.time()))
+                    return await getattr(stub, method)(request, timeout=max(0.0, due - loop.time()))
             except Overloaded as error:
                 # Not all at the same time, or most of them would be too much again.
                 pause_seconds = error.retry_seconds * random.uniform(1, 2)
-                if loop.time() + pause_seconds >= deadline:
+                if loop.time() + pause_seconds >= due:
                     raise
                 await asyncio.sleep(pause_seconds)
 

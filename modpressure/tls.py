@@ -1,7 +1,7 @@
 """TLS from files, on both sides of a connection.
 
-Certificates and keys are PEM files. A server looks at its files at each handshake, so that they can be replaced while
-it runs; a client reads them when it makes a channel. Without files nothing is encrypted.
+Certificates and keys are PEM files, which can be replaced while they are in use: a server looks at them at each
+handshake, a client at each call. Without files nothing is encrypted.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ class ServerTls:
 class Follower(Generic[T_co]):
     """The newest of some files' credentials that were in order. Safe to use from several threads."""
 
-    def __init__(self, tls: Files[T_co]) -> None:
+    def __init__(self, tls: Files[T_co], *, is_logged: bool = True) -> None:
         """Read the files. BadCredentials if they make none; later, what makes none leaves what was."""
         self._tls = tls
+        self._is_logged = is_logged
         self._lock = threading.Lock()
         self._stamp = self._stamp_now()
         self.current = tls.read()
@@ -94,10 +95,12 @@ class Follower(Generic[T_co]):
             try:
                 self.current = self._tls.read()
             except BadCredentials as error:
-                _log.warning("kept the old certificate", reason=error.sentence)
+                if self._is_logged:
+                    _log.warning("kept the old certificate", reason=error.sentence)
                 return None
             self._stamp = stamp
-            _log.info("took a new certificate", files=[str(path) for path in self._tls.files()])
+            if self._is_logged:
+                _log.info("took a new certificate", files=[str(path) for path in self._tls.files()])
             return self.current
 
 

@@ -14,7 +14,9 @@ import pytest
 from modpressure.client import Client
 from modpressure.client_errors import NoAnswer
 from modpressure.tls import BadCredentials, ClientTls, ServerTls, client_tls, server_tls
+from modpressure.v1.stats_service_pb2 import GetStatsRequest, WatchStatsRequest
 from tests.certificates import Authority, Pair
+from tests.postgres import free_port
 from tests.services import Launch, Process
 
 
@@ -144,6 +146,46 @@ async def test_a_certificate_that_is_replaced_is_shown_at_the_next_handshake(
         # Who is connected stays so.
         await before.stats("default")
     assert any("kept the old certificate" in line for line in stats.lines)
+
+
+async def test_a_client_takes_up_a_certificate_that_is_replaced_and_leaves_its_streams_alone(
+    launch: Launch, tmp_path: Path, authority: Authority, stranger: Authority, pair: Pair
+) -> None:
+    shown = Pair(tmp_path / "mine.pem", tmp_path / "mine.key")
+    mine, theirs = authority.sign("mine"), stranger.sign("theirs")
+    shutil.copy(mine.cert, shown.cert)
+    shutil.copy(mine.key, shown.key)
+    believed = tmp_path / "believed.pem"
+    shutil.copy(authority.cert, believed)
+    options = ("--listen", f"127.0.0.1:{free_port()}", "--tls-client-ca", str(believed))
+    stats = start_stats(launch, tmp_path, pair, *options)
+    async with client(stats, ClientTls(authority.cert, shown.cert, shown.key)) as one:
+        watch = one.stats_stub().WatchStats(WatchStatsRequest(system="default"))
+        assert (await watch.read()).stats.system == "default"
+        # From now on a handshake needs the other authority's.
+        shutil.copy(stranger.cert, tmp_path / "new")
+        (tmp_path / "new").replace(believed)
+        assert "it closed the connection" in await says_no(stats, ClientTls(authority.cert, mine.cert, mine.key))
+        # Half of it only: the pair makes no sense yet, and the old one, and its connection, are kept.
+        theirs.cert.replace(shown.cert)
+        await one.stats()
+        theirs.key.replace(shown.key)
+        await one.stats()
+        loader = launch(
+            *("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address, "--stats-ca", str(authority.cert)),
+            *("--stats-cert", str(shown.cert), "--stats-key", str(shown.key)),
+        )
+        async with Client([loader.address]) as loading:
+            await loading.load("minix")
+        while not (await watch.read()).stats.calls:
+            pass
+        loader.stop()
+        stats.stop()
+        # Nor does it need its old connection.
+        start_stats(launch, tmp_path, pair, *options)
+        asked = one.stats_stub().GetStats(GetStatsRequest(), wait_for_ready=True, timeout=30)
+        assert (await asked).stats.modcount == 1
+    assert not any("kept the old certificate" in line or "Traceback" in line for line in stats.lines)
 
 
 def cases(authority: Authority, pair: Pair, tmp_path: Path) -> Iterator[tuple[ServerTls | ClientTls, str]]:
