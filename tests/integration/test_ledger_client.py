@@ -157,6 +157,8 @@ async def test_what_an_answer_leads_to_leaves_with_what_has_gathered(stats: tupl
     first = asyncio.create_task(remove_twice())
     assert [operation.call_id for operation in (await stream.batch()).operations] == [1]
     behind = asyncio.create_task(client.ask(remove(2)))
+    for _ in range(3):
+        await asyncio.sleep(0)  # it is asked, and waits for the batch before to be answered
     await stream.answer(1, 1)
     assert sorted(operation.call_id for operation in (await stream.batch()).operations) == [2, 3]
     await stream.answer(2, 2, 3)
