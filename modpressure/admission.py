@@ -166,18 +166,17 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _request(self, method: str, context: Any) -> Any:
         """Return the request of a unary RPC, once it is there; abort the RPC if it does not come."""
-        seconds = self._limits.request_seconds
         # As asyncio.timeout does it, at a third of the cost: this is done for each RPC.
         task = asyncio.current_task()
         assert task is not None
-        late = asyncio.get_running_loop().call_later(seconds, self._cancel_late, task)
+        late = asyncio.get_running_loop().call_later(self._limits.request_seconds, self._cancel_late, task)
         try:
             request = await context.read()
         except asyncio.CancelledError:
             if task not in self._late:
                 raise
             task.uncancel()
-            await abort_with(context, method, BadRequest(f"no request came within {seconds:g} s"))
+            await abort_with(context, method, self._late_request())
         finally:
             late.cancel()
             self._late.discard(task)
@@ -200,11 +199,21 @@ class Admission(grpc.aio.ServerInterceptor):
         return {name: value[:_MAX_LOGGED] for name in names if (value := getattr(request, name))}
 
     async def _paced(self, requests: AsyncIterator[Any], client: _Client) -> AsyncIterator[Any]:
-        """Read the messages of a stream no faster than the rate allows."""
-        async for request in requests:
+        """Read the messages of a stream no faster than the rate allows. BadRequest if the first does not come."""
+        messages = aiter(requests)
+        try:
+            async with asyncio.timeout(self._limits.request_seconds):
+                request = await anext(messages, None)
+        except TimeoutError:
+            raise self._late_request() from None
+        while request is not None:
             if client.rate is not None and (seconds := client.rate.take_later(self._clock())):
                 await asyncio.sleep(seconds)
             yield request
+            request = await anext(messages, None)
+
+    def _late_request(self) -> BadRequest:
+        return BadRequest(f"no request came within {self._limits.request_seconds:g} s")
 
     def _limited(self, handler: Any, method: str) -> Any:
         """Return a handler that is like ``handler`` within the limits.

@@ -362,8 +362,17 @@ class Client:
                 for batch in batches:
                     yield LoadModulesRequest(requests=batch)
 
+        async def all_of(first: LoadModulesRequest) -> AsyncIterator[LoadModulesRequest]:
+            yield first
+            async for message in rest:
+                yield message
+
+        # The stream begins with it: one whose first message is long in coming is refused.
+        rest = messages()
+        if (first := await anext(rest, None)) is None:
+            return
         with rpc_errors(LOADER_SVC, address):
-            async for message in self.loader_stub(address).LoadModules(messages()):
+            async for message in self.loader_stub(address).LoadModules(all_of(first)):
                 for response in message.responses:
                     yield response
 

@@ -41,7 +41,7 @@ class Limits:
     """RPCs and messages of streams that a client may send a second; 0 is no limit."""
 
     request_seconds: float = 30
-    """How long the request of a unary RPC may take to arrive."""
+    """How long the request of an RPC, of a stream its first message, may take to arrive."""
 
     handshake_seconds: float = 20
     """How long a new connection may take until it speaks TLS, where that is on, and HTTP/2."""

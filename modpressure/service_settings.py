@@ -69,7 +69,9 @@ class ServiceSettings(Settings):
         " RESOURCE_EXHAUSTED with RetryInfo. Messages of streams count, too, and are read later instead; 0: no limit.",
     )
     request_seconds: SomeSeconds = Field(
-        30, description="How long the request of a unary RPC may take to arrive once the RPC has begun; seconds."
+        30,
+        description="How long the request of an RPC, of a stream its first message, may take to arrive once the RPC has"
+        " begun; seconds.",
     )
     handshake_seconds: SomeSeconds = Field(
         20, description="How long a new connection may take until it speaks TLS, where that is on, and HTTP/2; seconds."

@@ -19,6 +19,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from grpc_status import rpc_status
 
 from modpressure.client import Client
@@ -28,6 +29,7 @@ from modpressure.tokens import Role, entry, new_token
 from modpressure.v1 import ledger_service_pb2 as ledger_pb
 from modpressure.v1 import loader_service_pb2 as loader_pb
 from modpressure.v1 import stats_service_pb2 as pb
+from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceStub
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 from modpressure.v1.stats_service_pb2_grpc import StatsServiceStub
 from tests import http2
@@ -221,6 +223,51 @@ async def test_a_request_that_does_not_come_is_not_waited_for_for_ever(start: St
         await call.wait_for_connection()
         error = await refused(call, grpc.StatusCode.INVALID_ARGUMENT)
         assert error.details() == "no request came within 0.2 s"
+
+
+async def test_a_stream_without_a_first_message_gives_its_place_back(
+    start: Start, launch: Launch, tmp_path: Path
+) -> None:
+    limits = ("--request-seconds", "0.2", "--rpc-limit", "4")
+    stats = start()
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address, *limits)
+    other = launch("stats_svc", "--listen", "127.0.0.1:0", "--database", str(tmp_path / "other.sqlite3"), *limits)
+    async with (
+        grpc.aio.insecure_channel(other.address) as counting,
+        grpc.aio.insecure_channel(loader.address) as loading,
+    ):
+
+        async def is_late(stream: Any) -> None:
+            assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert await stream.details() == "no request came within 0.2 s"
+
+        for begin in (
+            LoaderServiceStub(loading).LoadModules,
+            LoaderServiceStub(loading).RunStorm,
+            StatsServiceStub(counting).ImportSystem,
+            LedgerServiceStub(counting).Connect,
+            ServerReflectionStub(counting).ServerReflectionInfo,
+        ):
+            # Of four places a lone client has two.
+            for stream in (begin(), begin()):
+                await is_late(stream)
+        # No later message has a time of its own.
+        spoken = LoaderServiceStub(loading).LoadModules()
+        for tag in range(2):
+            load = loader_pb.LoadModuleRequest(module="nothing")
+            await spoken.write(loader_pb.LoadModulesRequest(requests=[loader_pb.ModuleRequest(tag=tag, load=load)]))
+            assert [answer.tag for answer in (await spoken.read()).responses] == [tag]
+            await is_late(LoaderServiceStub(loading).LoadModules())
+        await spoken.done_writing()
+        assert await spoken.code() is grpc.StatusCode.OK
+
+        # Our client begins a stream when there is something to say.
+        async def late_batches() -> AsyncIterator[list[loader_pb.ModuleRequest]]:
+            await is_late(LoaderServiceStub(loading).LoadModules())
+            yield [loader_pb.ModuleRequest(tag=7, load=load)]
+
+        async with Client([loader.address]) as client:
+            assert [answer.tag async for answer in client.load_many(late_batches())] == [7]
 
 
 @pytest.fixture
