@@ -105,6 +105,9 @@ class CallLinks:
         self._positions: dict[str, int] = {}
         self._percpu_bytes = 0
         self._taken = ""
+        self._is_good = False
+        """Whether nothing fails before its forming, as far as that was clear with the insertion of its name."""
+
         self.formed = False
         """Whether it is formed, so that others may have linked to it."""
 
@@ -120,7 +123,8 @@ class CallLinks:
             or resolution.failure
             or linkage.failure_before_forming(self._spec, _NOBODY)
         )
-        if failure is None and self._is_linked(resolution):
+        self._is_good = failure is None
+        if self._is_good and self._is_linked(resolution):
             reserve.formation.CopyFrom(self._formation(resolution))
         return reserve
 
@@ -145,6 +149,8 @@ class CallLinks:
         ``await_init`` waits for the init function of a module for so many seconds, and returns whether that has ended.
         """
         linkage, spec = self._linkage, self._spec
+        if self._is_good:
+            return self._failure_after_forming()
         failure = linkage.failure_before_symbols(self._percpu_bytes)
         if failure:
             return failure
@@ -167,9 +173,12 @@ class CallLinks:
                     continue
                 self._taken = result.value
                 self.formed = not result.value
-            if self._taken:
-                return Failure("ENOEXEC", "exports: taken", self._taken)
-            return linkage.failure_after_forming(spec)
+            return self._failure_after_forming()
+
+    def _failure_after_forming(self) -> Failure | None:
+        if self._taken:
+            return Failure("ENOEXEC", "exports: taken", self._taken)
+        return self._linkage.failure_after_forming(self._spec)
 
     async def _find(self, ask: Ask) -> None:
         self._learn(await ask(pb.Operation(find_symbols=pb.FindSymbols(symbols=self._wanted))))

@@ -230,8 +230,9 @@ class LedgerClient:
         if operation.call_id <= self._lost_call_id:
             raise self._lost()
         answer: asyncio.Future[pb.OperationResult] = asyncio.get_running_loop().create_future()
-        self._asked[operation.call_id] = _Asked(operation, answer, FLOW.get())
-        self._outbox.put(operation, FLOW.get())
+        flow = FLOW.get()
+        self._asked[operation.call_id] = _Asked(operation, answer, flow)
+        self._outbox.put(operation, flow)
         if interrupted:
             self.interrupt(operation.system, operation.call_id)
         self._outbox_filled.set()
@@ -574,21 +575,20 @@ class LedgerClient:
                 if not batch.unanswered and batch.message.sequence <= results.applied_sequence:
                     self._batches.pop(batch.message.sequence, None)
             # Noted here, not by who asked: a hello that is said before the asker runs again must tell the truth.
-            if operation.HasField("enter_gate"):
-                if result.verdict == PROCEED:
+            match operation.WhichOneof("kind"):
+                case "finish_call":
+                    self._gates.pop(call_id, None)
+                    if result.verdict == PROCEED and operation.finish_call.call.outcome == call_pb2.OUTCOME_LIVE:
+                        self._live.add(call_id)
+                case "enter_gate" if result.verdict == PROCEED:
                     inode = operation.enter_gate.inode
                     self._gates[call_id] = pb.HeldGate(system=operation.system, call_id=call_id, inode=inode)
-            elif operation.HasField("request_module"):
-                if result.verdict == PROCEED:
+                case "request_module" if result.verdict == PROCEED:
                     asked_for = operation.request_module
                     held = pb.HeldRequest(system=operation.system, call_id=call_id, request=asked_for)
                     self._requests[call_id] = held
-            elif operation.HasField("finish_request"):
-                self._requests.pop(call_id, None)
-            elif operation.HasField("finish_call"):
-                self._gates.pop(call_id, None)
-                if result.verdict == PROCEED and operation.finish_call.call.outcome == call_pb2.OUTCOME_LIVE:
-                    self._live.add(call_id)
+                case "finish_request":
+                    self._requests.pop(call_id, None)
             if batch is not None and result.event_id:
                 # An event is stored with the place in the stream of the batch that carried it.
                 self._durable_sequence = max(self._durable_sequence, batch.message.sequence)

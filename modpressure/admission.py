@@ -14,11 +14,13 @@ import inspect
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
 
+from modpressure.deadlines import Deadlines
 from modpressure.errors import BadRequest, Overloaded
 from modpressure.fair import FLOW, Flow
 from modpressure.grpc_errors import abort_with
@@ -48,6 +50,7 @@ ClientOf: TypeAlias = Callable[[Iterable[tuple[str, Any]]], str]
 _log = structlog.get_logger(__name__)
 
 
+@lru_cache(_FORGET_ABOVE)
 def host_of(peer: str) -> str:
     """Return the host of what gRPC calls a peer: ``ipv4:192.0.2.1:4711`` is ``192.0.2.1``, a socket ``unix``."""
     kind, _, address = peer.partition(":")
@@ -81,8 +84,8 @@ class Admission(grpc.aio.ServerInterceptor):
         self._clients: dict[str, _Client] = {}
         self._numbers = itertools.count(1)
         self._wrapped: dict[str, tuple[Any, Any]] = {}
-        self._late: set[asyncio.Task[Any]] = set()
-        """RPCs that were cancelled because their request has not come."""
+        self._coming = Deadlines(limits.request_seconds)
+        """RPCs whose request has not come."""
 
         self._logged_fields: dict[type, tuple[str, ...]] = {}
         """Fields of each type of request that are logged."""
@@ -166,29 +169,23 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _request(self, method: str, context: Any) -> Any:
         """Return the request of a unary RPC, once it is there; abort the RPC if it does not come."""
-        # As asyncio.timeout does it, at a third of the cost: this is done for each RPC.
         task = asyncio.current_task()
         assert task is not None
-        late = asyncio.get_running_loop().call_later(self._limits.request_seconds, self._cancel_late, task)
+        self._coming.begin(task)
         try:
             request = await context.read()
         except asyncio.CancelledError:
-            if task not in self._late:
+            if not self._coming.is_late(task):
                 raise
             task.uncancel()
             await abort_with(context, method, self._late_request())
         finally:
-            late.cancel()
-            self._late.discard(task)
+            self._coming.end(task)
         if request is grpc.aio.EOF:
             await abort_with(context, method, BadRequest("the RPC has no request"))
         if fields := self._logged(request):
             about(**fields)
         return request
-
-    def _cancel_late(self, task: asyncio.Task[Any]) -> None:
-        self._late.add(task)
-        task.cancel()
 
     def _logged(self, request: Any) -> dict[str, str]:
         """Return what lines that are logged for a request say of it."""

@@ -76,6 +76,12 @@ class FairQueue(Generic[T]):
         self._length -= 1
         return item
 
+    def pop_all(self) -> list[T]:
+        """Remove and return all items: those of one flow in their order, whose come first makes no difference."""
+        items = [item for streams, _ in self._clients.values() for lane in streams.values() for item in lane]
+        self.clear()
+        return items
+
     def clear(self) -> None:
         """Drop all items."""
         self._clients.clear()

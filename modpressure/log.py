@@ -80,7 +80,8 @@ def configure(level: str = "info", format: str = "auto") -> None:
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
+        # Configured once, at the start of a process. Else each line puts a logger together, if only to be dropped.
+        cache_logger_on_first_use=True,
     )
     # What libraries log through the standard library takes the same road.
     handler = logging.StreamHandler(sys.stderr)

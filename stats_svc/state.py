@@ -303,7 +303,8 @@ class LedgerState:
         value = ""
         if asked.HasField("formation"):
             formed, value = system.form(group, name, caller, asked.formation)
-            answer = answer._replace(errno=formed.errno)
+            if formed.errno:
+                answer = answer._replace(errno=formed.errno)
         self._answer_or_wait(group, session, system, operation.call_id, answer)
         result = group.results_of(session).results[-1]
         result.value = value

@@ -167,10 +167,13 @@ class Counters:
             if call.requester != requester or call.origin != origin:
                 # Who asks once asks often. What a run of calls came to is the sums at its end less those at its start.
                 before = count - 1
-                tally.add(Tally(before, before - lives - good_shares, becoming_bytes + load_bytes + other_bytes))
+                wasted_bytes = becoming_bytes + load_bytes + other_bytes
+                if before:
+                    tally.add(Tally(before, before - lives - good_shares, wasted_bytes))
                 origin, requester = call.origin, call.requester
                 tally = tallies.setdefault((origin, requester), Tally())
-                tally.add(Tally(-before, lives + good_shares - before, -becoming_bytes - load_bytes - other_bytes))
+                if before:
+                    tally.add(Tally(-before, lives + good_shares - before, -wasted_bytes))
             if outcome == live:
                 mod_bytes = call.mod_bytes
                 text_bytes = call.text_bytes

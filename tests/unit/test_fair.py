@@ -119,3 +119,15 @@ async def test_small_pieces_go_together() -> None:
     assert len(names) == 200
     assert len(set(names)) == 1
     threads.shutdown()
+
+
+@given(st.lists(FLOWS, max_size=MAX_BATCH_OPERATIONS))
+def test_what_fits_into_a_batch_leaves_at_once_and_in_order_within_a_flow(flows: list[Flow]) -> None:
+    outbox = Outbox()
+    for call_id, flow in enumerate(flows):
+        outbox.put(pb.Operation(call_id=call_id), flow)
+    taken = [operation.call_id for operation in outbox.take()]
+    assert sorted(taken) == list(range(len(flows)))
+    for flow in set(flows):
+        assert [n for n in taken if flows[n] == flow] == [n for n, other in enumerate(flows) if other == flow]
+    assert not outbox and outbox.take() == []
