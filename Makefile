@@ -110,10 +110,10 @@ format: venv  ## format all Python files, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 # PYTEST_ARGS="-k storm -x" narrows it, "-n 0" has one process run all of it. What the tests of a file share is set up once,
-# in the process that has the file.
+# in the process that has the file. Files go in their order, the long ones of e2e/ and integration/ first: none is last alone.
 .PHONY: test
 test: venv grpcurl  ## run all tests, setting up what they need
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # TREE=DIR takes other modules than those of the newest Debian kernel.
 TREE ?= $(shell $(BIN)/modpressure modules fetch-debian)
