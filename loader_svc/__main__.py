@@ -14,7 +14,7 @@ from modpressure.settings import LoaderSettings, parse_settings
 def main() -> None:
     """Serve until stopped; exit 0, 1 with a sentence on standard error, or 130 if interrupted before it served."""
     settings = parse_settings(LoaderSettings, sys.argv[1:], "loader_svc")
-    log.configure(settings.log_level, settings.log_format)
+    log.configure(settings.log_level, settings.log_format, for_good=True)
     raise_open_files()
     try:
         aio.run(serve(settings))

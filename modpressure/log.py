@@ -54,10 +54,11 @@ def _is_worth_telling(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("ExecuteBatchError raised in core")
 
 
-def configure(level: str = "info", format: str = "auto") -> None:
+def configure(level: str = "info", format: str = "auto", *, for_good: bool = False) -> None:
     """Set up structlog, and the standard library's logging to come out alike.
 
     ``level`` is one of ``LEVELS``, ``format`` one of ``LogFormat``; BadRequest names a value that is neither.
+    ``for_good`` is for a program that sets it up once, at its start: nothing changes it afterwards.
     """
     number = LEVELS.get(level.lower())
     if number is None:
@@ -80,8 +81,8 @@ def configure(level: str = "info", format: str = "auto") -> None:
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        # Configured once, at the start of a process. Else each line puts a logger together, if only to be dropped.
-        cache_logger_on_first_use=True,
+        # Else each line puts a logger together, if only to be dropped.
+        cache_logger_on_first_use=for_good,
     )
     # What libraries log through the standard library takes the same road.
     handler = logging.StreamHandler(sys.stderr)
