@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 import structlog
 
 from stats_svc.ages import Ages
-from stats_svc.rows import Retention, StoreError
+from stats_svc.rows import ClockGap, Retention, StoreError
 
 SETTLE_SECONDS: Final = 60
 """How long events are kept in any case, as loaders may ask what became of their calls."""
@@ -26,6 +26,9 @@ class Swept(Protocol):
 
     def prune_events(self, retention: Retention) -> bool:
         """Take some events away that need not be kept; return whether there may be more."""
+
+    def keep_clock_gaps(self, gaps: Sequence[ClockGap]) -> None:
+        """Have these gaps of the wall clock in place of those that are stored."""
 
     def sweep(self) -> bool:
         """Take something away of the systems that nobody sees any more; return whether there may be more."""
@@ -55,6 +58,8 @@ class Housekeeping:
         self._keep_ns = round(keep_days * 24 * 3600 * 1e9)
         self._idle_seconds = idle_seconds
         self._ages = ages or Ages()
+        self._kept_gaps: Sequence[ClockGap] | None = None
+        """What was last stored of them, None if this process has not done so yet."""
 
     async def run(self) -> None:
         """Go on until cancelled."""
@@ -68,6 +73,11 @@ class Housekeeping:
 
     def step(self) -> bool:
         """Take some of what is not kept away; return whether there may be more."""
+        # At each look: who is killed in between forgets, at most, a clock that was put forward since the one before.
+        self._ages.look()
+        if (gaps := self._ages.gaps) != self._kept_gaps:
+            self._store.keep_clock_gaps(gaps)
+            self._kept_gaps = gaps
         if self._store.sweep():
             return True
         if not self._keep_events and not self._keep_ns:

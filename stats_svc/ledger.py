@@ -234,7 +234,7 @@ class Ledger:
 
     def _take_over(self, snapshot: Snapshot) -> None:
         self._state = LedgerState(snapshot, self._clock_ns)
-        self._ages.found(max((row.update_time_ns for row in snapshot.systems), default=0))
+        self._ages.found(max((row.update_time_ns for row in snapshot.systems), default=0), snapshot.clock_gaps)
         now = self._clock()
         for instance in self._state.instances.values():
             # Until it comes back: what its calls had reserved is stored.
@@ -719,17 +719,23 @@ class Ledger:
 
         Return whether there may be more.
         """
-        claims_ns = self._ages.before_ns(CLAIM_SECONDS * 1_000_000_000)
-        instances_ns = self._ages.before_ns(INSTANCE_SECONDS * 1_000_000_000)
+
+        def old_ns(seconds: int) -> int:
+            # In the writer's thread, in which ages are judged elsewhere, too.
+            return self._ages.before_ns(seconds * 1_000_000_000)
+
+        def claims() -> int:
+            return self._store.prune_claims(before_ns=old_ns(CLAIM_SECONDS), most=PRUNED_ROWS)
+
+        def instances() -> int:
+            return self._store.prune_instances(before_ns=old_ns(INSTANCE_SECONDS), most=PRUNED_ROWS)
+
         try:
-            claims = await self._in_writer(lambda: self._store.prune_claims(before_ns=claims_ns, most=PRUNED_ROWS))
-            instances = await self._in_writer(
-                lambda: self._store.prune_instances(before_ns=instances_ns, most=PRUNED_ROWS)
-            )
+            pruned = (await self._in_writer(claims), await self._in_writer(instances))
         except StoreError as error:
             _log.warning("what is old is not forgotten", reason=error.sentence)
             return False
-        return PRUNED_ROWS in (claims, instances)
+        return PRUNED_ROWS in pruned
 
     async def be_heard(self) -> None:
         """Have those who stand by learn at once that this process leads, if it does, and where it is reached."""

@@ -253,6 +253,15 @@ class Retention:
     """What was committed since then is kept in any case."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class ClockGap:
+    """A time of the wall clock that did not pass, or may not have."""
+
+    begin_ns: int
+    end_ns: int
+    is_sure: bool
+
+
 @dataclass(slots=True)
 class Snapshot:
     """All that the ledger keeps in memory, as it is stored."""
@@ -270,6 +279,9 @@ class Snapshot:
 
     claims: list[ClaimRow] = field(default_factory=list)
     """Those that are held."""
+
+    clock_gaps: list[ClockGap] = field(default_factory=list)
+    """Of the clocks by which all this was stored."""
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from modpressure.kernel.counters import COUNTER_NAMES
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 """Version of these tables; ``migrations`` has the way to it from each earlier one."""
 
 metadata = sa.MetaData()
@@ -206,3 +206,13 @@ claims = sa.Table(
 
 Since version 6.
 """
+
+clock_gaps = sa.Table(
+    "clock_gaps",
+    metadata,
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    _number("begin_ns"),
+    _number("end_ns"),
+    _number("is_sure"),
+)
+"""Times of the wall clock that did not pass, or may not have: it was put forward, or nobody looked. Since version 8."""

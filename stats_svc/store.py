@@ -18,13 +18,24 @@ from sqlalchemy.engine import Connection, Row
 
 from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
 from modpressure.kernel.requesters import Requester, Tally
-from stats_svc import claim_rows, event_rows, instance_rows, memory_rows, requester_rows, schema, system_file, unseen
+from stats_svc import (
+    claim_rows,
+    clock_rows,
+    event_rows,
+    instance_rows,
+    memory_rows,
+    requester_rows,
+    schema,
+    system_file,
+    unseen,
+)
 from stats_svc.database import Database
 from stats_svc.leadership import DEFAULT_LEAD_SECONDS
 from stats_svc.rows import (
     Changes,
     ClaimKey,
     ClaimRow,
+    ClockGap,
     Commit,
     FailedRow,
     InstanceRow,
@@ -145,6 +156,7 @@ class SqlStore:
             held=memory_rows.load(connection, names),
             requesters=requester_rows.known(connection, names),
             claims=claim_rows.load(connection, names),
+            clock_gaps=clock_rows.load(connection),
         )
 
     # --- systems on their way in and out ---
@@ -334,6 +346,10 @@ class SqlStore:
     def prune_instances(self, *, before_ns: int, most: int) -> int:
         """Forget at most so many loader processes that were fenced before a time and own nothing; return how many."""
         return self._prune(partial(instance_rows.prune, before_ns=before_ns, most=most))
+
+    def keep_clock_gaps(self, gaps: Sequence[ClockGap]) -> None:
+        """Have these gaps of the wall clock in place of those that are stored."""
+        self._database.write(partial(clock_rows.keep, gaps=gaps))
 
     def _prune(self, prune: Callable[[Connection], int]) -> int:
         """Prune in a transaction; return how many rows it took."""

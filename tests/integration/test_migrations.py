@@ -64,7 +64,9 @@ def make(location: str, version: int) -> None:
         assert about == version
         counters = {name: getattr(COUNTERS, name) for name in OLD_COUNTERS}
         times = {"create_time_ns": 5, "reset_time_ns": 0, "update_time_ns": 7}
-        insert(connection, "systems", id="old", policy=2, **times, next_event_id=1, peak_held_bytes=9, **counters)
+        named = {"name": "old"} if version >= 7 else {}
+        numbers = {"policy": 2, "next_event_id": 1, "peak_held_bytes": 9}
+        insert(connection, "systems", id="old", **named, **numbers, **times, **counters)
         entry = {"system": "old", "name": "xfs", "state": 3, "instance_id": "before", "call_id": 4, "loader": "l"}
         insert(connection, "modules", **entry, core_bytes=4096, position=1)
         failed = {"becoming_count": 1, "load_count": 2, "wasted_bytes": 3}

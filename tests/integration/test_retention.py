@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from modpressure.client import Client
 from modpressure.kernel.counters import Counters
 from modpressure.v1 import call_pb2, ledger_service_pb2
 from modpressure.v1.stats_service_pb2 import ListEventsRequest
+from stats_svc.ages import Ages
 from stats_svc.event_rows import STEP_SEGMENTS
 from stats_svc.events import EventLog
+from stats_svc.housekeeping import Housekeeping
+from stats_svc.ledger import Ledger
 from stats_svc.rows import (
     Changes,
     Commit,
@@ -33,6 +37,8 @@ from tests.services import Hand, Launch
 
 FRESH_NS = 4 * 10**18
 LATER_NS = FRESH_NS * 2
+MINUTE_NS = 60 * 10**9
+DAY_NS = 24 * 60 * MINUTE_NS
 ALL_GO = Retention(1, 0, LATER_NS)
 
 
@@ -85,6 +91,37 @@ def test_the_young_are_kept_by_age(store: SqlStore) -> None:
     assert spans(store)[0] == (71, 80)
     store.prune_events(Retention(0, 0, LATER_NS))
     assert len(spans(store)) == 3
+
+
+async def test_a_clock_that_was_put_forward_makes_nothing_older_after_a_restart(store: SqlStore) -> None:
+    wall_ns, steady_ns = FRESH_NS, 0
+
+    def run(ns: int) -> None:
+        nonlocal wall_ns, steady_ns
+        wall_ns += ns
+        steady_ns += ns
+
+    @contextlib.asynccontextmanager
+    async def a_process() -> AsyncIterator[Housekeeping]:
+        ages = Ages(lambda: wall_ns, lambda: steady_ns)
+        ledger = Ledger(store, wall_clock_ns=lambda: wall_ns, ages=ages)
+        await ledger.start()
+        yield Housekeeping(store, ledger.in_writer, keep_events=0, keep_days=1, ages=ages)
+        await ledger.stop()
+
+    async with a_process() as house:
+        add(store, 1, 10, time_ns=wall_ns)
+        wall_ns += 40 * DAY_NS
+        house.step()
+        run(2 * MINUTE_NS)
+        add(store, 11, 10, time_ns=wall_ns)
+    async with a_process() as house:
+        house.step()
+        assert spans(store) == [(1, 10), (11, 20)]
+    async with a_process() as house:
+        run(DAY_NS - MINUTE_NS)
+        house.step()
+        assert spans(store) == [(11, 20)]
 
 
 def test_what_a_loader_did_last_is_found_however_old_it_is(store: SqlStore) -> None:
@@ -181,7 +218,6 @@ async def test_a_service_keeps_as_many_as_it_is_told(
 ) -> None:
     """Events settle within a minute; the test's process sees a minute pass at once."""
     from stats_svc import housekeeping
-    from stats_svc.ledger import Ledger
 
     monkeypatch.setattr(housekeeping, "SETTLE_SECONDS", -3600)
     with closing(SqlStore(str(tmp_path / "s.sqlite3"))) as store:

@@ -79,3 +79,69 @@ def test_who_starts_when_all_looks_too_old_counts_from_then_on() -> None:
     assert ages.before_ns(30 * DAY_NS) == clocks.wall_ns - 30 * DAY_NS
     # Where not all of it does, the clock is believed.
     assert ages.before_ns(50 * DAY_NS) == clocks.wall_ns - 50 * DAY_NS
+
+
+def test_whoever_starts_next_judges_as_if_nothing_had_happened() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    stored_ns = clocks.wall_ns
+    clocks.run(HOUR_NS)
+    clocks.wall_ns += 40 * DAY_NS
+    ages.look()
+    clocks.run(HOUR_NS)
+    # Something is stored now and then, so that the newest looks as it should.
+    after = clocks.ages()
+    after.found(clocks.wall_ns, ages.gaps)
+    assert after.before_ns(2 * HOUR_NS) == ages.before_ns(2 * HOUR_NS) == stored_ns
+    # Again, and what is known is not known twice.
+    after.found(clocks.wall_ns, ages.gaps)
+    assert after.gaps == ages.gaps
+
+    # Nobody looks for long, and then all is counted from the start on, for whoever starts after that, too.
+    newest_ns = clocks.wall_ns
+    clocks.run(40 * DAY_NS)
+    late = clocks.ages()
+    late.found(newest_ns, after.gaps)
+    clocks.run(DAY_NS)
+    later = clocks.ages()
+    later.found(clocks.wall_ns, late.gaps)
+    assert later.before_ns(30 * DAY_NS) == late.before_ns(30 * DAY_NS) < newest_ns - 28 * DAY_NS
+
+
+def test_a_clock_that_is_put_right_again_is_believed() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    for ahead_ns in (3650 * DAY_NS, 5 * HOUR_NS):
+        clocks.wall_ns += ahead_ns
+        ages.look()
+        clocks.run(DAY_NS)
+    assert ages.before_ns(2 * DAY_NS + 1) == START_NS - 1
+    # Put back in two steps, of which the first takes the newest gap and some of the other.
+    for back_ns in (10 * HOUR_NS, 3650 * DAY_NS - 5 * HOUR_NS):
+        clocks.wall_ns -= back_ns
+        # What was stored before is as old as it was.
+        assert ages.before_ns(2 * DAY_NS + 1) == START_NS - 1
+    assert ages.gaps == ()
+    clocks.run(30 * DAY_NS)
+    assert ages.before_ns(DAY_NS) == clocks.wall_ns - DAY_NS
+
+
+def test_who_starts_with_a_clock_that_was_put_right_meanwhile_believes_it_from_then_on() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    stored_ns = clocks.wall_ns
+    clocks.wall_ns += 3650 * DAY_NS
+    ages.look()
+    clocks.wall_ns -= 3650 * DAY_NS
+    clocks.run(DAY_NS)
+    after = clocks.ages()
+    after.found(stored_ns + 3650 * DAY_NS, ages.gaps)
+    # How much of this day is real can't be known.
+    assert after.before_ns(DAY_NS) <= stored_ns
+    clocks.run(2 * DAY_NS)
+    assert after.before_ns(DAY_NS) == clocks.wall_ns - DAY_NS
+    # Nor has another machine's gap, whose clock goes wrong, anything to say here.
+    clocks.wall_ns = stored_ns - DAY_NS
+    other = clocks.ages()
+    other.found(stored_ns, ages.gaps)
+    assert other.gaps == ()
