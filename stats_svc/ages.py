@@ -20,6 +20,15 @@ STEP_NS: Final = 60_000_000_000
 _REMEMBERED: Final = 100
 
 
+def _length_ns(gap: ClockGap) -> int:
+    return gap.end_ns - gap.begin_ns
+
+
+def _holds(outer: ClockGap, inner: ClockGap) -> bool:
+    """Return whether one gap has all of another of its kind in it."""
+    return outer.is_sure == inner.is_sure and outer.begin_ns <= inner.begin_ns and inner.end_ns <= outer.end_ns
+
+
 def boot_clock_ns() -> int:
     """Return the time since boot, in which the machine slept included."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -79,8 +88,12 @@ class Ages:
         return now_ns
 
     def _note(self, gap: ClockGap) -> None:
-        if gap not in self._gaps:
-            self._gaps = sorted([*self._gaps, gap])[-_REMEMBERED:]
+        if any(_holds(known, gap) for known in self._gaps):
+            return
+        # Whoever starts again and again with nothing stored meanwhile finds the same gap each time, only longer.
+        gaps = [*(known for known in self._gaps if not _holds(gap, known)), gap]
+        # Where there are too many, the shortest matter least.
+        self._gaps = sorted(sorted(gaps, key=_length_ns)[-_REMEMBERED:])
 
     def _close(self, lost_ns: int) -> None:
         """Take so much from the newest gaps: what was stored before is judged as it was, though the clock says less."""

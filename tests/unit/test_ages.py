@@ -108,6 +108,32 @@ def test_whoever_starts_next_judges_as_if_nothing_had_happened() -> None:
     assert later.before_ns(30 * DAY_NS) == late.before_ns(30 * DAY_NS) < newest_ns - 28 * DAY_NS
 
 
+def test_many_starts_after_the_last_thing_was_stored_are_one_gap_and_forget_none() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    stored_ns = clocks.wall_ns
+    clocks.wall_ns += 40 * DAY_NS
+    ages.look()
+    clocks.run(DAY_NS)
+    newest_ns = clocks.wall_ns
+    for _ in range(200):
+        clocks.run(2 * STEP_NS)
+        after = clocks.ages()
+        after.found(newest_ns, ages.gaps)
+        ages = after
+    assert len(ages.gaps) == 2
+    assert ages.before_ns(30 * DAY_NS) == clocks.wall_ns - 70 * DAY_NS < stored_ns
+
+    # Nor do short times without work before as many starts drive out what the clock was put forward by.
+    for _ in range(200):
+        newest_ns = clocks.wall_ns
+        clocks.run(2 * STEP_NS)
+        after = clocks.ages()
+        after.found(newest_ns, ages.gaps)
+        ages = after
+    assert ages.before_ns(30 * DAY_NS) == clocks.wall_ns - 70 * DAY_NS < stored_ns
+
+
 def test_a_clock_that_is_put_right_again_is_believed() -> None:
     clocks = Clocks()
     ages = clocks.ages()
