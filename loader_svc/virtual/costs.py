@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from loader_svc.virtual import host
 from loader_svc.virtual.clock import DEFAULT_SLICE_NS
 from modpressure.errors import BadRequest, NotFound
 
@@ -153,11 +154,14 @@ class Costs:
     slice_ns: int = DEFAULT_SLICE_NS
     """How long a CPU stays with one task while others wait for it."""
 
-    host_slice_ns: int = DEFAULT_SLICE_NS
-    """How long a core of the host stays with one virtual CPU while others wait for it."""
+    host_latency_ns: int = host.DEFAULT_LATENCY_NS
+    """Within what time the virtual CPUs that share a core of the host have a turn each."""
+
+    host_slice_ns: int = host.DEFAULT_SLICE_NS
+    """What each of them has at least, however many there are."""
 
     host_wake_ns: int = 0
-    """How long a virtual CPU that was idle waits for a core at most, where the host has none that is free."""
+    """How much less than one that runs a virtual CPU must have had to take its core when it wakes up."""
 
     # --- userspace ---
 

@@ -9,6 +9,7 @@ from heapq import heappush
 from typing import Final
 
 from loader_svc.virtual.clock import DEFAULT_SLICE_NS, Clock
+from loader_svc.virtual.host import Host, Thread
 
 Task = Callable[[], int | None]
 """Does its next piece of work at once when it is called, and returns how long that keeps the CPU busy, in ns, or None
@@ -22,7 +23,7 @@ MAX_SLICES: Final = 64
 class _Cpu:
     """What one CPU is at."""
 
-    __slots__ = ("_cpus", "left_ns", "owed_ns", "spending_ns", "task")
+    __slots__ = ("_cpus", "left_ns", "owed_ns", "spending_ns", "task", "thread")
 
     def __init__(self, cpus: Cpus) -> None:
         self._cpus = cpus
@@ -33,6 +34,8 @@ class _Cpu:
         """What is left of the task's slice."""
         self.spending_ns = 0
         """What is being spent just now."""
+        self.thread = None if cpus._host is None else Thread(self.go_on)
+        """What a virtual CPU is to its host."""
 
     def go_on(self) -> int | None:
         """Go on after what was to be spent has passed: a virtual CPU is a task of its host."""
@@ -65,20 +68,17 @@ class Cpus:
         count: int | None = None,
         slice_ns: int = DEFAULT_SLICE_NS,
         *,
-        host: Cpus | None = None,
-        wake_up: Callable[[], int] | None = None,
+        host: Host | None = None,
         is_patient: bool = False,
     ) -> None:
         """``count`` None means as many CPUs as there are tasks; ``host`` has the cores that virtual CPUs share.
 
-        ``wake_up`` says for how long a virtual CPU that was idle waits for a core, in ns, besides taking its turn.
         ``is_patient`` lets a task that nobody waits behind do a piece of work to its end, up to a slice late.
         """
         self._clock = clock
         self._count = count
         self._slice_ns = slice_ns
         self._host = host
-        self._wake_up = wake_up
         self._grace_ns = slice_ns if is_patient else 0
         self._busy = 0
         self._idle: list[_Cpu] = []
@@ -103,18 +103,6 @@ class Cpus:
         clock.made = made = clock.made + 1
         heappush(clock.events, (clock.now_ns + delay_ns, made, self._arrive, task))
 
-    def enter_first(self, task: Task, delay_ns: int = 0) -> None:
-        """Have a task called before all others that wait, after a delay: it has slept, and is owed some time."""
-        self._clock.send(self._clock.now_ns + delay_ns, self._arrive_first, task)
-
-    def _arrive_first(self, task: Task) -> None:
-        if self._count is not None and self._busy >= self._count:
-            self._queue.appendleft((task, 0))
-            if self._stretches:
-                self._cut_stretches()
-        else:
-            self._arrive(task)
-
     @property
     def idle(self) -> int:
         """How many tasks could begin at once; for virtual CPUs it is for their host to say, so none."""
@@ -136,11 +124,20 @@ class Cpus:
 
     def runs(self, task: Task) -> bool:
         """Whether a task has a CPU at this moment, and that a core of its host."""
-        host = self._host
         for cpu in self._made:
             if cpu.task == task:
-                return host is None or any(core.task == cpu.go_on for core in host._made)
+                return cpu.thread is None or cpu.thread.core is not None
         return False
+
+    def cut_short(self, task: Task) -> None:
+        """Have a task of a virtual CPU be called as soon as that has a core, whatever it has still to spend."""
+        for cpu in self._made:
+            if cpu.task == task:
+                assert self._host is not None
+                assert cpu.thread is not None
+                cpu.spending_ns -= self._host.cut_short(cpu.thread)
+                cpu.owed_ns = cpu.spending_ns
+                return
 
     def _make(self) -> _Cpu:
         cpu = _Cpu(self)
@@ -159,7 +156,8 @@ class Cpus:
         cpu.owed_ns = cpu.spending_ns = 0
         cpu.left_ns = self._slice_ns
         if self._host is not None:
-            self._host.enter_first(cpu.go_on, self._wake_up() if self._wake_up is not None else 0)
+            assert cpu.thread is not None
+            self._host.wake(cpu.thread)
         else:
             again_ns = self._spent(cpu)
             if again_ns is not None:

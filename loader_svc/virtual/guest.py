@@ -20,8 +20,9 @@ from typing import Any, Final
 
 from loader_svc.virtual.call import VirtualCall
 from loader_svc.virtual.cpus import Cpus
+from loader_svc.virtual.host import Host, Thread
 from loader_svc.virtual.machine import _ASLEEP, _INTERRUPTED
-from loader_svc.virtual.spinning import SpinningMachine
+from loader_svc.virtual.spinning import SPIN_NS, SpinningMachine
 from modpressure.kernel.modules_list import PROCEED
 from modpressure.kernel.outcome import Outcome
 
@@ -74,12 +75,15 @@ class GuestMachine(SpinningMachine):
         """The mutex of those who flush; the other ``purge_lock`` is not used."""
 
     def _make_cpus(self, cpus: int | None) -> Cpus:
-        self._host = Cpus(self.clock, self._host_cpus, self.costs.host_slice_ns)
-        return Cpus(self.clock, cpus, self.costs.slice_ns, host=self._host, wake_up=self._core_ns)
-
-    def _core_ns(self) -> int:
-        """Return for how long a CPU that was idle waits for a core: the host favours it, but not at once."""
-        return int(self._random() * self.costs.host_wake_ns) if self._host.busy >= self._host_cpus else 0
+        costs = self.costs
+        self._host = Host(
+            self.clock,
+            self._host_cpus,
+            latency_ns=costs.host_latency_ns,
+            slice_ns=costs.host_slice_ns,
+            wake_ns=costs.host_wake_ns,
+        )
+        return Cpus(self.clock, cpus, costs.slice_ns, host=self._host)
 
     # --- flushes ---
 
@@ -89,21 +93,18 @@ class GuestMachine(SpinningMachine):
 
     def _flush_now(self, flushes: int, then: Callable[[VirtualCall], Any], call: VirtualCall) -> Any:
         """Interrupt all CPUs, and spin until each has answered: those that have no core do so when they get one."""
-        costs = self.costs
         self.purge_mutex.hold(call)
-        alone_ns = self._alone_ns
-        behind_ns = int(self._host.queued / self._host_cpus * costs.host_slice_ns)
-        if self.cpus.busy < self._flush_cpus and behind_ns:
-            behind_ns = max(behind_ns, self._core_ns())
-        answered_at_ns = self.clock.now_ns + alone_ns + behind_ns
-        call._owed_ns += alone_ns
-        return self._once_paid(call, partial(self._spin, answered_at_ns, flushes, then))
+        behind = [(thread, thread.begun) for thread in self._host.queued]
+        call._owed_ns += self._alone_ns
+        return self._once_paid(call, partial(self._spin, behind, flushes, then))
 
-    def _spin(self, until_ns: int, flushes: int, then: Callable[[VirtualCall], Any], call: VirtualCall) -> Any:
-        left_ns = until_ns - self.clock.now_ns
-        if left_ns > 0:
-            call._owed_ns += min(left_ns, self.costs.host_slice_ns)
-            return self._once_paid(call, partial(self._spin, until_ns, flushes, then))
+    def _spin(
+        self, behind: list[tuple[Thread, int]], flushes: int, then: Callable[[VirtualCall], Any], call: VirtualCall
+    ) -> Any:
+        behind = [(thread, begun) for thread, begun in behind if thread.begun == begun]
+        if behind:
+            call._owed_ns += SPIN_NS
+            return self._once_paid(call, partial(self._spin, behind, flushes, then))
         self.purge_mutex.free()
         return self._flush(call, flushes - 1, then) if flushes > 1 else then(call)
 

@@ -15,7 +15,8 @@ from loader_svc.virtual.machine import _ASLEEP, VirtualMachine
 from loader_svc.virtual.mutex import SleepingMutex
 
 SPIN_NS: Final = 200_000
-"""How often who spins for a mutex is looked at."""
+"""How often who spins for a mutex looks at it, and whether its slice is over. Only the first who spins looks at the
+mutex; the others wait to be the first (``osq_lock``, kernel/locking/osq_lock.c)."""
 
 
 class SpinningMachine(VirtualMachine):
@@ -66,7 +67,8 @@ class SpinningMachine(VirtualMachine):
         then: Callable[[VirtualCall], Any],
         call: VirtualCall,
     ) -> Any:
-        call._owed_ns += SPIN_NS
+        is_looking = mutex.spinners[0] is call or self.cpus.queued
+        call._owed_ns += SPIN_NS if is_looking else self.costs.slice_ns
         return self._once_paid(call, partial(self._look_up, mutex, begun_ns, then))
 
     def _look_up(
@@ -77,12 +79,23 @@ class SpinningMachine(VirtualMachine):
         call: VirtualCall,
     ) -> Any:
         """See, while spinning, whether a mutex is free by now, or whether to sleep for it."""
+        is_first = mutex.spinners[0] is call
         if mutex.spin(call):
+            self._have_first_look(mutex)
             return then(call)
-        if self._has_to_go(begun_ns) or (mutex.is_held and not self._runs(mutex)):
+        if self._has_to_go(begun_ns) or (is_first and mutex.is_held and not self._runs(mutex)):
             mutex.spinners.remove(call)
+            if is_first:
+                self._have_first_look(mutex)
             return self._sleep_for(mutex, then, call)
         return self._keep_spinning(mutex, begun_ns, then, call)
+
+    def _have_first_look(self, mutex: SleepingMutex[VirtualCall]) -> None:
+        """Have who is now the first to spin for a mutex look at it."""
+        if mutex.spinners:
+            first = mutex.spinners[0]
+            assert first._task is not None
+            self.cpus.cut_short(first._task)
 
     def _has_to_go(self, begun_ns: int) -> bool:
         """Whether who spins has had its slice, and others wait for a CPU."""

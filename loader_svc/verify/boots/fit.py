@@ -143,8 +143,7 @@ def _applied(costs: Costs, values: Mapping[str, Any], steps_ns: Mapping[tuple[st
 def _on_machine(spec: BootSpec, tried: Costs) -> Costs:
     """Return costs that were tried with what depends on a machine's number of CPUs."""
     assert spec.costs is not None
-    slices = ("slice_ns", "host_slice_ns", "host_wake_ns")
-    return replace(tried, **{name: getattr(spec.costs, name) for name in slices})
+    return replace(tried, slice_ns=spec.costs.slice_ns)
 
 
 class _Watched(GuestMachine):

@@ -21,9 +21,10 @@ HOST_CPUS: Final = 2
 """Cores of the host that the recorded guests had, as their README says: virtual CPUs are threads there."""
 
 HOST_LATENCY_NS: Final = 12_000_000
-HOST_LEAST_NS: Final = 1_500_000
-"""What the threads that want a core of the host share, and the least that one of them has: 6 and 0.75 ms, doubled for
-two cores (``sched_latency``, ``sched_min_granularity``, kernel/sched/fair.c up to Linux 6.5). The host has the QEMU of
+HOST_SLICE_NS: Final = 1_500_000
+HOST_WAKE_NS: Final = 2_000_000
+"""How a core of the host is shared: 6, 0.75 and 1 ms, doubled for two cores (``sched_latency``,
+``sched_min_granularity``, ``sched_wakeup_granularity``, kernel/sched/fair.c up to Linux 6.5). The host has the QEMU of
 Debian 12, which has Linux 6.1."""
 
 TICK_NS: Final = 1_000_000
@@ -38,11 +39,6 @@ def slice_ns(cpus: int) -> int:
     """
     base_ns = 750_000 * (1 + min(cpus, 8).bit_length() - 1)
     return -(-base_ns // TICK_NS) * TICK_NS
-
-
-def host_slice_ns(cpus: int) -> int:
-    """Return how long a core of the host stays with a guest's CPU while its others wait, in ns, all of them busy."""
-    return max(HOST_LEAST_NS, HOST_LATENCY_NS * HOST_CPUS // max(cpus, HOST_CPUS))
 
 
 _PLATFORM: Final = re.compile(r"/devices/platform/([^/.]+)(?:\.[^/]*)?")
@@ -94,8 +90,9 @@ def recorded_spec(
         costs=replace(
             costs,
             slice_ns=slice_ns(setting.cpus),
-            host_slice_ns=host_slice_ns(setting.cpus),
-            host_wake_ns=host_slice_ns(setting.cpus) // 2,
+            host_latency_ns=HOST_LATENCY_NS,
+            host_slice_ns=HOST_SLICE_NS,
+            host_wake_ns=HOST_WAKE_NS,
         ),
     )
 

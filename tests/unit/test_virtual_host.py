@@ -1,0 +1,156 @@
+"""The cores of a host: who has had the least goes first, and who slept is served before who spins."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loader_svc.virtual.clock import Clock
+from loader_svc.virtual.cpus import Cpus
+from loader_svc.virtual.host import Host, Thread
+
+MS = 1_000_000
+
+
+class Bench:
+    """Threads that want a core for some time, and what became of them."""
+
+    def __init__(self, cores: int = 1) -> None:
+        self.clock = Clock()
+        self.host = Host(self.clock, cores, latency_ns=12 * MS, slice_ns=3 * MS // 2, wake_ns=2 * MS)
+        self.begun: list[tuple[str, float]] = []
+        self.done: list[tuple[str, float]] = []
+
+    def thread(self, name: str, *works_ms: float) -> Thread:
+        """Return a thread that does these pieces of work, one each time that it is woken."""
+        works = list(works_ms)
+        is_busy = False
+
+        def on_core() -> int | None:
+            nonlocal is_busy
+            if is_busy:
+                self.done.append((name, self.clock.now_ns / MS))
+            is_busy = not is_busy
+            if not is_busy:
+                return None
+            self.begun.append((name, self.clock.now_ns / MS))
+            return int(works.pop(0) * MS)
+
+        return Thread(on_core)
+
+    def wake(self, thread: Thread, at_ms: float = 0) -> None:
+        self.clock.send(int(at_ms * MS), self.host.wake, thread)
+
+
+def test_a_core_is_shared_in_turns_within_the_latency() -> None:
+    bench = Bench()
+    for name in "ab":
+        bench.wake(bench.thread(name, 9))
+    bench.clock.run()
+    # Turns of 6 ms: a 0-6, b 6-12, a 12-15, b 15-18.
+    assert bench.done == [("a", 15), ("b", 18)]
+
+
+def test_turns_do_not_get_shorter_than_the_slice() -> None:
+    bench = Bench()
+    for number in range(20):
+        bench.wake(bench.thread(str(number), 1.5))
+    bench.clock.run()
+    assert [at for _, at in bench.done] == [1.5 * (number + 1) for number in range(20)]
+
+
+def test_who_slept_gets_a_core_at_once_among_any_number_that_spin() -> None:
+    bench = Bench()
+    for number in range(30):
+        bench.wake(bench.thread(f"spinner {number}", 1000))
+    bench.wake(bench.thread("sleeper", 5), 200)
+    bench.clock.run(300 * MS)
+    assert bench.done == [("sleeper", 205)]
+
+
+def test_who_slept_gives_way_once_it_has_caught_up() -> None:
+    bench = Bench()
+    bench.wake(bench.thread("long", 1000))
+    bench.wake(bench.thread("sleeper", 100), 200)
+    bench.clock.run(320 * MS)
+    assert bench.begun[1] == ("sleeper", 200)
+    assert not bench.done, "they share the core from then on"
+    bench.clock.run(420 * MS)
+    assert [name for name, _ in bench.done] == ["sleeper"]
+
+
+def test_who_slept_hardly_at_all_has_to_wait_its_turn() -> None:
+    bench = Bench()
+    brief = bench.thread("brief", 5, 1)
+    bench.wake(brief)
+    bench.wake(bench.thread("long", 50))
+    bench.wake(brief, 5.5)
+    bench.clock.run()
+    # It has had 5 ms when the other one begins: that may have as much first, and its turn.
+    assert bench.begun[:2] == [("brief", 0), ("long", 5)]
+    assert bench.begun[2][1] > 10
+
+
+def test_what_spins_looks_up_as_soon_as_it_is_told_to() -> None:
+    bench = Bench()
+    spinner = bench.thread("spinner", 100)
+    bench.wake(spinner)
+    bench.clock.send(30 * MS, lambda _: bench.host.cut_short(spinner) and None, None)
+    bench.clock.run()
+    assert bench.done == [("spinner", 30)]
+    assert bench.host.cut_short(spinner) == 0
+
+
+def test_a_virtual_cpu_that_is_cut_short_owes_nothing_more() -> None:
+    clock = Clock()
+    host = Host(clock, 1, latency_ns=12 * MS, slice_ns=MS, wake_ns=MS)
+    cpus = Cpus(clock, 2, slice_ns=50 * MS, host=host)
+    seen: list[int] = []
+
+    def task() -> int | None:
+        seen.append(clock.now_ns)
+        return 40 * MS if len(seen) < 3 else None
+
+    cpus.enter(task)
+    clock.send(10 * MS, cpus.cut_short, task)
+    clock.run()
+    assert seen == [0, 10 * MS, 50 * MS]
+    assert cpus.busy == 0
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.floats(0.001, 30)), min_size=1, max_size=12),
+    st.integers(1, 3),
+)
+def test_every_thread_has_what_it_wants_and_no_core_idles_while_one_waits(
+    wants: list[tuple[float, float]], cores: int
+) -> None:
+    bench = Bench(cores)
+    threads = []
+    for number, (at_ms, work_ms) in enumerate(wants):
+        threads.append(bench.thread(str(number), work_ms))
+        bench.wake(threads[-1], at_ms)
+
+    def watch(_: None) -> int | None:
+        if bench.host.queued:
+            assert all(core.thread is not None for core in bench.host._cores)
+        return MS // 3 if len(bench.done) < len(wants) else None
+
+    bench.clock.send(0, watch, None)
+    bench.clock.run()
+    assert len(bench.done) == len(wants)
+    assert not bench.host.queued
+    last_ms = max(at for _, at in bench.done)
+    first_ms = min(at for at, _ in wants)
+    assert last_ms >= first_ms + sum(work for _, work in wants) / cores - 0.01 * len(wants)
+    assert all(thread.core is None for thread in threads)
+
+
+@pytest.mark.parametrize(("queued", "turn_ms"), [(0, 12), (1, 6), (2, 4), (3, 3), (7, 1.5), (50, 1.5)])
+def test_a_turn_is_the_share_of_the_latency(queued: int, turn_ms: float) -> None:
+    bench = Bench()
+    for number in range(queued + 1):
+        bench.wake(bench.thread(str(number), 500))
+    bench.clock.run(0)
+    assert bench.host._turn_ns() == turn_ms * MS
