@@ -50,6 +50,9 @@ class Loader:
         self.leaving = asyncio.Event()
         """Set when a stop no longer lets clients wait."""
 
+        self.settle_seconds = 0.0
+        """From then on, how long a storm may wait for its last calls; later its summary would reach nobody."""
+
         self._steps: dict[tuple[str, bool], tuple[list[str], list[LoadStep]]] = {}
 
     # --- requests ---
@@ -220,8 +223,12 @@ class Loader:
         finally:
             self._clients.pop(client, None)
 
-    def send_clients_away(self) -> None:
-        """Tell every waiting client that this loader stops; a call without a request id is sent a signal."""
+    def send_clients_away(self, settle_seconds: float) -> None:
+        """Tell every waiting client that this loader stops; a call without a request id is sent a signal.
+
+        ``settle_seconds`` is how long storms may wait for their last calls.
+        """
+        self.settle_seconds = settle_seconds
         self.leaving.set()
         error = self.stopping()
         for waiting, on_cancel in list(self._clients.items()):

@@ -41,6 +41,10 @@ CATALOGUES: Final[dict[str, Literal["plain", "xz", "zst"]]] = {
 WAITING_SHARE: Final = 0.8
 """Of the grace of a stop: how much of it clients may wait for their answers."""
 
+SETTLE_SHARE: Final = 0.08
+"""Of the grace, after that: how long storms may wait for their last calls. RPCs are cut off a tenth before the end, or
+later, and a summary has to be out by then."""
+
 REPLACED_SECONDS: Final = 1.0
 """How long a loader that was replaced takes to tell its clients."""
 
@@ -181,7 +185,7 @@ async def _end_grace(server: GrpcServer, loader: Loader, grace_seconds: float) -
     """Once the server stops, let clients wait for most of the grace; the rest is for their calls to be counted."""
     await server.stopping.wait()
     await asyncio.sleep(WAITING_SHARE * grace_seconds)
-    loader.send_clients_away()
+    loader.send_clients_away(SETTLE_SHARE * grace_seconds)
 
 
 async def _serve_or_replaced(server: GrpcServer, loader: Loader, stream: asyncio.Future[None]) -> None:
@@ -190,7 +194,7 @@ async def _serve_or_replaced(server: GrpcServer, loader: Loader, stream: asyncio
     try:
         await asyncio.wait({serving, stream}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            loader.send_clients_away()
+            loader.send_clients_away(SETTLE_SHARE * REPLACED_SECONDS)
             await server.stop(REPLACED_SECONDS)
             await stream
         await serving

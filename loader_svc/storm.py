@@ -196,7 +196,10 @@ class Storm:
             if not everyone.done():
                 for call in list(self._calls):
                     call.interrupt()
-                await _first(everyone, away, seconds=STOP_SECONDS)
+                await _first(everyone, leaving, away, seconds=STOP_SECONDS)
+                if leaving.done():
+                    await _first(everyone, away, seconds=loader.settle_seconds)
+                    self._stopped_early = self._stopped_early or not everyone.done()
         finally:
             self._stopping.set()
             self._ended_ns = time.monotonic_ns()
@@ -205,10 +208,15 @@ class Storm:
         for worker in workers:
             if not worker.done():
                 # What becomes of its call is not summed up.
-                self._add_error(loader.machine.ledger.unavailable() if away.done() else NotNow(UNENDED))
+                self._add_error(self._why_unended(is_away=away.done()))
             elif (error := worker.exception()) is not None:
                 self._add_error(error)
         return self._summary(loader.machine.meter.end_peak(peak))
+
+    def _why_unended(self, *, is_away: bool) -> ModpressureError:
+        if is_away:
+            return self._loader.machine.ledger.unavailable()
+        return self._loader.stopping() if self._loader.leaving.is_set() else NotNow(UNENDED)
 
     async def _stop_after(self, seconds: float | None) -> None:
         if seconds is not None:

@@ -697,7 +697,7 @@ async def test_a_storm_waits_for_the_start_and_ends_when_told(machine: Machine) 
 async def test_a_storm_that_its_loaders_stop_breaks_off_counts_its_last_calls(
     start: StartMachine, hand: Hand, waiting: bool
 ) -> None:
-    machine = await start("--grace-seconds", "5")
+    machine = await start()
     workers = 4
     if waiting:
         await hand.reserve(2, "minix")
@@ -729,6 +729,30 @@ async def test_a_storm_that_its_loaders_stop_breaks_off_counts_its_last_calls(
     assert summary.stopped
     # Each worker was to go on.
     assert (summary.errors, "is stopping" in summary.first_error) == (workers, True)
+
+
+async def test_a_storm_whose_last_calls_do_not_end_is_summed_up_before_its_loader_is_gone(
+    launch: Launch, tmp_path: Path
+) -> None:
+    stats = launch("stats_svc", "--listen", "127.0.0.1:0", "--database", str(tmp_path / "s.sqlite3"))
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
+    machine = Machine(loader, stats, "default")
+    await until(machine.serving)
+    workers = 4
+    plan = pb.Storm(system=machine.system, modules=["minix"], workers=workers)
+    plan.duration.FromSeconds(600)
+    responses = machine.loader.RunStorm(iter([pb.RunStormRequest(storm=plan)]))
+    while not (await responses.read()).progress.operations:
+        pass
+    stats.popen.kill()
+    loader.popen.terminate()
+    while not (response := await responses.read()).HasField("summary"):
+        pass
+    assert response.summary.operations
+    assert (response.summary.errors, response.summary.stopped) == (workers, True)
+    assert "is stopping" in response.summary.first_error
+    assert await asyncio.to_thread(loader.popen.wait, 30) == 0
+    await machine.close()
 
 
 # --- the tree ---
