@@ -102,6 +102,25 @@ def count_a_call_twice(books: Books) -> None:
     books.events.append(call_pb2.Event(event_id=4, call=DUPLICATE))  # type: ignore[attr-defined]
 
 
+def count_calls_after_the_end(books: Books) -> None:
+    for event_id in (4, 5):
+        late = call_pb2.Call()
+        late.CopyFrom(DUPLICATE)
+        late.call_id, late.request_id = event_id, ""
+        books.events.append(call_pb2.Event(event_id=event_id, call=late))  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_could_not_go_on_may_have_made_one_call_that_its_storm_does_not_know() -> None:
+    written, changed = diary(), books()
+    summary = written.storms[0].summary
+    assert summary is not None
+    count_calls_after_the_end(changed)
+    for errors, is_told in ((0, True), (1, True), (2, False)):
+        summary.errors, summary.stopped = errors, True
+        doubled = [finding for finding in findings(written, changed) if finding.kind == "doubled"]
+        assert bool(doubled) is is_told
+
+
 def count_a_request_twice(books: Books) -> None:
     again = call_pb2.Call()
     again.CopyFrom(DUPLICATE)
