@@ -115,8 +115,10 @@ class CallLinks:
         """Return what is asked with the insertion of the name."""
         reserve = pb.ReserveName(module=self._module, symbols=self._wanted)
         linkage = self._linkage
-        if self._wanted or linkage.percpu_bytes:
+        if self._wanted:
             return reserve
+        if linkage.percpu_bytes:
+            reserve.percpu_room_bytes = linkage.identity.percpu_reserve_bytes
         resolution = linkage.resolve(_NOBODY)
         failure = (
             linkage.failure_before_symbols()
@@ -133,7 +135,9 @@ class CallLinks:
         self._learn(result)
         if asked.HasField("formation"):
             self._taken = result.value
-            self.formed = not result.value
+            self.formed = not result.errno
+            # If it is per-CPU room that is missing, that is found again, and told, before its forming.
+            self._is_good = self.formed or bool(self._taken)
 
     def _learn(self, result: pb.OperationResult) -> None:
         self._percpu_bytes = result.percpu_bytes

@@ -59,6 +59,16 @@ class SystemLinks:
         """Return if links could be those of a module. BadRequest if the message makes no sense."""
         _formation(name, message)
 
+    def has_room(self, name: str, asked: pb.ReserveName) -> bool:
+        """Return whether the per-CPU variables of a module fit beside those of others, if that is asked.
+
+        Those of one that is formed do: it is asked again.
+        """
+        size_bytes, room_bytes = asked.formation.percpu_bytes, asked.percpu_room_bytes
+        if not size_bytes or not room_bytes or name in self._positions:
+            return True
+        return self.links.percpu_bytes + size_bytes <= room_bytes
+
     def form(self, name: str, position: int, message: pb.Formation) -> tuple[Answer, str]:
         """Form a module that is in the list as unformed; return the answer and what offended.
 

@@ -302,9 +302,12 @@ class LedgerState:
             return
         value = ""
         if asked.HasField("formation"):
-            formed, value = system.form(group, name, caller, asked.formation)
-            if formed.errno:
-                answer = answer._replace(errno=formed.errno)
+            errno = "ENOMEM"
+            if system.links.has_room(name, asked):
+                formed, value = system.form(group, name, caller, asked.formation)
+                errno = formed.errno
+            if errno:
+                answer = answer._replace(errno=errno)
         self._answer_or_wait(group, session, system, operation.call_id, answer)
         result = group.results_of(session).results[-1]
         result.value = value

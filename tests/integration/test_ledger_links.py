@@ -257,6 +257,32 @@ async def test_a_formation_that_makes_no_sense_is_refused(bench: Bench, formatio
     assert (await a.ask(form(call, "xfs"))).verdict == PROCEED
 
 
+async def test_who_forms_with_the_insertion_is_told_where_per_cpu_room_is_missing(bench: Bench) -> None:
+    (a,) = await connected(bench, "a")
+
+    async def insert(call_id: int, module: str, percpu_bytes: int, room_bytes: int) -> pb.OperationResult:
+        formation = pb.Formation(percpu_bytes=percpu_bytes)
+        asked = pb.ReserveName(module=module, formation=formation, percpu_room_bytes=room_bytes)
+        answer = await a.ask(pb.Operation(call_id=call_id, reserve_name=asked))
+        assert answer.verdict == PROCEED
+        return answer
+
+    first, second, third = a.new_call(), a.new_call(), a.new_call()
+    assert (await insert(first, "xfs", 60, 100)).errno == ""
+    # It has its room: nothing else is to be found for it when it asks again.
+    assert (await insert(first, "xfs", 60, 100)).errno == ""
+    refused = await insert(second, "ext4", 41, 100)
+    assert (refused.errno, refused.percpu_bytes) == ("ENOMEM", 60)
+    assert (await insert(third, "btrfs", 40, 100)).errno == ""
+    # The name is its own all the same, and its call ends as any other that fails then.
+    await a.ask(finish(second, "ext4", Outcome.LOAD))
+    for call, module in ((first, "xfs"), (third, "btrfs")):
+        assert (await a.ask(finish(call, module))).verdict == PROCEED
+    assert (await a.ask(find(a.new_call(), "any"))).percpu_bytes == 100
+    fourth = a.new_call()
+    assert (await insert(fourth, "ext4", 1, 0)).errno == "", "nobody has asked whether there is room"
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_no_sequence_leaves_an_export_or_a_user_behind(bench: Bench, seed: int) -> None:
     draw = random.Random(seed)

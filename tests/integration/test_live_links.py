@@ -254,3 +254,25 @@ async def test_an_init_that_fails_leaves_no_entry_no_export_and_no_user(
     assert await unload(hand, 2, USER) == "ENOENT"
     assert await unload(hand, 3, OWNER) == ""
     await until(lambda: machine.meter.held_bytes == 0)
+
+
+async def test_one_with_per_cpu_variables_is_formed_with_its_name_where_there_is_room(
+    machine: Machine, make: Make, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    ask = machine.ledger.ask
+
+    async def noting(operation: ledger.Operation, *, interrupted: bool = False) -> ledger.OperationResult:
+        asked.append(operation.WhichOneof("kind") or "")
+        return await ask(operation, interrupted=interrupted)
+
+    monkeypatch.setattr(machine.ledger, "ask", noting)
+    room_bytes = machine.plans.identity.percpu_reserve_bytes
+    taking = ledger.ReserveName(module=OWNER, formation=ledger.Formation(percpu_bytes=room_bytes - 7))
+    assert (await hand.ask(ledger.Operation(call_id=2, reserve_name=taking))).verdict == PROCEED
+    await live(hand, 2)
+    assert ended(await make("powernow_k8").run()) == (call_pb2.OUTCOME_LOAD, "ENOMEM", "percpu", "8")
+    assert await unload(hand, 3, OWNER) == ""
+    asked.clear()
+    assert ended(await make("powernow_k8").run()) == (call_pb2.OUTCOME_LIVE, "", "", "")
+    assert asked == ["check_name", "reserve_name", "finish_call"]
