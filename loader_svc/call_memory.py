@@ -166,8 +166,9 @@ class CallMemory:
         assert image is not None
         # The kernel allocates each type for itself, one right after the other. Two areas hold as many pages for as
         # long, and each one more would cost an unmapping across all threads.
-        self._core = self._lay_out(layout, _CORE, image)
-        self._init = self._lay_out(layout, _INIT, image)
+        self._core = self._area_of(layout, _CORE)
+        self._init = self._area_of(layout, _INIT)
+        self._copy_sections(layout, image)
         return None
 
     # --- the end ---
@@ -252,22 +253,22 @@ class CallMemory:
             raise
         return image
 
-    def _lay_out(self, layout: Layout, types: slice, image: Area) -> Area | None:
-        """Allocate an area for some memory types, one after another, and copy their sections into it."""
-        sizes = layout.rounded[types]
-        if not any(sizes):
-            return None
-        area = Area(sum(sizes), self._holdings, populate=True)
-        bases = dict(zip(range(types.start, types.stop), accumulate(sizes, initial=0), strict=False))
+    def _area_of(self, layout: Layout, types: slice) -> Area | None:
+        """Allocate an area for some memory types, one after another; None if they take nothing."""
+        size_bytes = sum(layout.rounded[types])
+        return Area(size_bytes, self._holdings, populate=True) if size_bytes else None
+
+    def _copy_sections(self, layout: Layout, image: Area) -> None:
+        """Copy the sections of an image to where they belong."""
+        bases = [base for types in (_CORE, _INIT) for base in accumulate(layout.rounded[types][:-1], initial=0)]
+        core = None if self._core is None else self._core.pages
+        init = None if self._init is None else self._init.pages
         with memoryview(image.pages) as source:
-            for placement in layout.placements:
-                base = bases.get(placement.memory_type)
-                size_bytes = placement.size_bytes
-                if base is not None and size_bytes and not placement.is_nobits:
-                    to, at = base + placement.destination_offset_bytes, placement.source_offset_bytes
-                    with source[at : at + size_bytes] as section:
-                        area.pages[to : to + size_bytes] = section
-        return area
+            for _, memory_type, to, at, size_bytes, is_nobits in layout.placements:
+                pages = core if memory_type < _INIT.start else init
+                if pages is not None and size_bytes and not is_nobits:
+                    to += bases[memory_type]
+                    pages[to : to + size_bytes] = source[at : at + size_bytes]
 
     def _close_file(self) -> None:
         if self._fd >= 0:

@@ -92,9 +92,9 @@ class Loader:
 
     def claim(self, request: Any, system: str) -> Claim | None:
         """Return the claim on a request's id, None if it has none. BadRequest if the id makes no sense."""
-        request_id = requests.request_id(request.request_id)
-        if not request_id:
+        if not request.request_id:
             return None
+        request_id = requests.request_id(request.request_id)
         return Claim(self.machine.ledger, system, request_id, digest_of(request, system))
 
     async def remove(

@@ -34,7 +34,7 @@ FLOW: Final[ContextVar[Flow]] = ContextVar("flow", default=NOBODY)
 class FairQueue(Generic[T]):
     """First come, first served within a flow; the flows take turns. Bounded by whoever fills it."""
 
-    __slots__ = ("_clients", "_length", "_turns")
+    __slots__ = ("_clients", "_length", "_new", "_turns")
 
     def __init__(self) -> None:
         self._clients: dict[str, tuple[dict[int, deque[T]], deque[int]]] = {}
@@ -42,12 +42,17 @@ class FairQueue(Generic[T]):
 
         self._turns: deque[str] = deque()
         self._length = 0
+        self._new: list[tuple[T, Flow]] = []
+        """What has not been given its place: most of what is put in leaves all at once, and needs none."""
 
     def __len__(self) -> int:
-        return self._length
+        return self._length + len(self._new)
 
     def put(self, item: T, flow: Flow) -> None:
         """Add an item behind those of the same flow."""
+        self._new.append((item, flow))
+
+    def _place(self, item: T, flow: Flow) -> None:
         self._length += 1
         if (streams := self._clients.get(flow.client)) is None:
             streams = self._clients[flow.client] = ({}, deque())
@@ -60,6 +65,9 @@ class FairQueue(Generic[T]):
 
     def pop(self) -> T:
         """Remove and return the next item. IndexError if there is none."""
+        for new, flow in self._new:
+            self._place(new, flow)
+        self._new.clear()
         client = self._turns.popleft()
         items, turns = self._clients[client]
         stream = turns.popleft()
@@ -76,17 +84,17 @@ class FairQueue(Generic[T]):
         self._length -= 1
         return item
 
-    def pop_all(self) -> list[T]:
-        """Remove and return all items: those of one flow in their order, whose come first makes no difference."""
-        items = [item for streams, _ in self._clients.values() for lane in streams.values() for item in lane]
-        self.clear()
-        return items
+    def items(self) -> list[T]:
+        """Return all items: those of one flow in their order, the flows in whatever order."""
+        placed = [item for streams, _ in self._clients.values() for lane in streams.values() for item in lane]
+        return placed + [item for item, _ in self._new]
 
     def clear(self) -> None:
         """Drop all items."""
         self._clients.clear()
         self._turns.clear()
         self._length = 0
+        self._new.clear()
 
 
 class FairThreads:
