@@ -84,8 +84,8 @@ def _storms(storms: Iterable[StormEntry], events: Sequence[call_pb2.Event]) -> I
         unloads = sum(e.HasField("unload") and e.unload.worker in entry.workers for e in events)
         if told - calls or summary.unloads > unloads:
             yield Finding("lost", f"events have {calls} and {unloads} unloads of the storm that ended {_said(summary)}")
-        # A worker that could not go on may not have learnt how its last call or unload ended.
-        elif (calls - told).total() + unloads - summary.unloads > summary.errors:
+        # A worker that could not go on may not have learnt how its last call ended, nor the unload that follows one.
+        elif max((calls - told).total(), unloads - summary.unloads) > summary.errors:
             yield Finding(
                 "doubled", f"events have {calls} and {unloads} unloads of the storm that ended {_said(summary)}"
             )

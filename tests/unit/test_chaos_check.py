@@ -121,6 +121,18 @@ def test_a_worker_that_could_not_go_on_may_have_made_one_call_that_its_storm_doe
         assert bool(doubled) is is_told
 
 
+def test_the_unload_after_the_call_that_its_storm_does_not_know_is_not_known_either() -> None:
+    written, changed = diary(), books()
+    summary = written.storms[0].summary
+    assert summary is not None
+    summary.errors, summary.stopped = 2, True
+    count_calls_after_the_end(changed)
+    for event_id, is_told in ((6, False), (7, False), (8, True)):
+        unload = call_pb2.Unload(call_id=event_id, module="xfs", worker=DUPLICATE.worker)
+        changed.events.append(call_pb2.Event(event_id=event_id, unload=unload))  # type: ignore[attr-defined]
+        assert any("of the storm that ended" in finding.sentence for finding in findings(written, changed)) is is_told
+
+
 def count_a_request_twice(books: Books) -> None:
     again = call_pb2.Call()
     again.CopyFrom(DUPLICATE)
