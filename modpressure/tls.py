@@ -224,3 +224,6 @@ def _check_pair(cert: Path, key: Path) -> None:
     except (ssl.SSLError, ValueError) as error:
         reason = (getattr(error, "reason", None) or "no PEM").lower().replace("_", " ")
         raise BadCredentials(f"{cert} and {key} make no certificate and key: {reason}") from error
+    except OSError as error:
+        # Just being replaced.
+        raise BadCredentials(f"{cert} or {key} can't be read: {(error.strerror or str(error)).lower()}") from error

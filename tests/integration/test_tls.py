@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,6 +208,21 @@ def test_files_that_make_no_credentials_are_named(authority: Authority, pair: Pa
         with pytest.raises(BadCredentials) as raised:
             tls.read()
         assert sentence in raised.value.sentence
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_named(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = authority.sign("mine")
+    load = ssl.SSLContext.load_cert_chain
+
+    def load_late(self: ssl.SSLContext, cert: Path, key: Path, password: Any) -> None:
+        key.unlink()
+        load(self, cert, key, password)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load_late)
+    with pytest.raises(BadCredentials, match="can't be read: no such file or directory"):
+        ServerTls(mine.cert, mine.key).read()
 
 
 def test_half_of_what_tls_needs_is_refused(tmp_path: Path) -> None:
