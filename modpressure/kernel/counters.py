@@ -158,7 +158,9 @@ class Counters:
         count = lives = total_mod_bytes = total_text_bytes = shares = duplicates = 0
         becomings = becoming_bytes = loads = load_bytes = load_image_bytes = 0
         good_shares = others = other_bytes = 0
-        origin, requester, tally = -1, "", Tally()
+        # None, as a message may name any number.
+        origin: int | None = None
+        requester, tally = "", Tally()
         if tallies is None:
             tallies = {}
         for call in calls:
