@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from chaos.diary import PASSING, Attempt, Diary, Entry, Request, Response, StormEntry
+from modpressure.client_errors import is_cut_off
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 
@@ -172,6 +173,10 @@ class Client:
                 status, details = grpc.StatusCode.UNAVAILABLE, "the stream ended without an answer"
             except grpc.aio.AioRpcError as error:
                 status, details = _status_of(error)
+            except asyncio.CancelledError:
+                if not is_cut_off():
+                    raise
+                status, details = grpc.StatusCode.CANCELLED, "the stream was cut off"
             for tag in sorted(open_tags):
                 entries[tag].attempts.append(Attempt(number, status.name, details))
             again += [entries[tag] for tag in sorted(open_tags) if self._is_to_ask_again(entries[tag].request, status)]
@@ -202,6 +207,11 @@ class Client:
         except grpc.aio.AioRpcError as error:
             status, details = _status_of(error)
             entry.attempts.append(Attempt(number, status.name, details))
+            await asyncio.sleep(RETRY_SECONDS)
+        except asyncio.CancelledError:
+            if not is_cut_off():
+                raise
+            entry.attempts.append(Attempt(number, "CANCELLED", "the stream was cut off"))
             await asyncio.sleep(RETRY_SECONDS)
 
 

@@ -26,7 +26,7 @@ import structlog
 
 from loader_svc.memory import Meter
 from loader_svc.outbox import Outbox
-from modpressure.client_errors import error_of
+from modpressure.client_errors import end_requests, error_of
 from modpressure.errors import NotNow, Overloaded, Replaced, Unavailable
 from modpressure.fair import FLOW, Flow
 from modpressure.tls import BadCredentials, ClientTls, open_channel, read_token
@@ -441,7 +441,7 @@ class LedgerClient:
         """End the stream once that is wanted; the server answers what was asked and ends its side."""
         await self._closing.wait()
         async with turn:
-            await stream.done_writing()
+            await end_requests(stream)
         await asyncio.sleep(CLOSE_SECONDS)
         stream.cancel()
 

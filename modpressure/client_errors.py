@@ -14,9 +14,10 @@ sentence that names the service and its address.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import grpc
@@ -83,6 +84,27 @@ def rpc_errors(service: str, address: str, timeout_seconds: float | None = None)
         yield
     except grpc.aio.AioRpcError as error:
         raise error_of(error, service, address, timeout_seconds) from error
+    except asyncio.CancelledError as error:
+        if not is_cut_off():
+            raise
+        raise NoAnswer(f"no answer from {service} at {address}: the call was cut off") from error
+
+
+def is_cut_off() -> bool:
+    """Return whether a CancelledError that is being handled is gRPC's alone: nobody has cancelled this task.
+
+    grpc.aio cancels a call whose connection breaks while it tells the server that there is no further request, so that
+    whoever reads the answers gets CancelledError (``_consume_request_iterator``, grpc/aio/_call.py, 1.85).
+    """
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()
+
+
+async def end_requests(call: Any) -> None:
+    """Tell the server that a stream has no further request. That the connection is gone shows when answers are read."""
+    # As grpc.aio says it here, and in no other place (``send_receive_close``, aio/call.pyx.pxi, 1.85).
+    with suppress(grpc.aio.InternalError):
+        await call.done_writing()
 
 
 def error_of(error: Any, service: str, address: str, timeout_seconds: float | None = None) -> ModpressureError:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import grpc
 
 from chaos.process import Supervised
+from modpressure.client_errors import is_cut_off
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 
@@ -85,6 +86,11 @@ class Stormer:
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 score.errors.append(f"a storm on {self._loader.name}: {error.code().name}: {error.details()}")
                 return False
+            score.retried += 1
+        except asyncio.CancelledError:
+            if not is_cut_off():
+                raise
+            score.cut += has_begun
             score.retried += 1
         return False
 

@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.message import Message
 
 from modpressure.access import AUTHORIZATION
-from modpressure.client_errors import error_of
+from modpressure.client_errors import end_requests, error_of
 from modpressure.errors import Unavailable
 from modpressure.fair import FLOW
 from modpressure.grpc_errors import translate_errors
@@ -162,7 +162,7 @@ class Forwarder(grpc.aio.ServerInterceptor):
                 with contextlib.suppress(asyncio.InvalidStateError):
                     async for request in requests:
                         await call.write(encoded(request))
-                    await call.done_writing()
+                    await end_requests(call)
                 return await call
 
         if method == _IMPORT:
@@ -213,7 +213,7 @@ class Forwarder(grpc.aio.ServerInterceptor):
             # Who was killed looks the same up to here; but to that one nothing can be written. An empty message is
             # nothing to a loader, and to the leader an end is graceful only if its loader is there to ask for it.
             await context.write(b"")
-            await call.done_writing()
+            await end_requests(call)
 
         asking = asyncio.create_task(ask())
         try:

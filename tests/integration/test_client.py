@@ -12,7 +12,7 @@ import pytest
 
 from modpressure.addresses import expand_addresses
 from modpressure.client import Client
-from modpressure.client_errors import NoAnswer, ServerFailed, TimedOut
+from modpressure.client_errors import NoAnswer, ServerFailed, TimedOut, end_requests, rpc_errors
 from modpressure.errors import (
     AlreadyExists,
     BadRequest,
@@ -78,6 +78,38 @@ async def test_a_fault_inside_of_a_server_names_the_server() -> None:
             await client.stats()
     assert raised.value.sentence.startswith(f"stats_svc at {address} failed: ")
     assert "secret" not in raised.value.sentence
+
+
+async def test_what_grpc_cancels_itself_is_no_answer_and_a_cancelled_task_stays_cancelled() -> None:
+    """As grpc.aio cancels a call whose connection breaks while the end of the requests is told."""
+
+    async def ask(is_waiting: asyncio.Event) -> None:
+        with rpc_errors("loader_svc", "127.0.0.1:1"):
+            is_waiting.set()
+            await call
+
+    for cancels_task in (False, True):
+        call: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        is_waiting = asyncio.Event()
+        task = asyncio.create_task(ask(is_waiting))
+        await is_waiting.wait()
+        if cancels_task:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert task.cancelled()
+        else:
+            call.cancel()
+            with pytest.raises(NoAnswer, match=r"^no answer from loader_svc at 127\.0\.0\.1:1: the call was cut off$"):
+                await task
+
+
+async def test_the_end_of_requests_is_told_to_nobody_if_the_connection_is_gone() -> None:
+    class Call:
+        async def done_writing(self) -> None:
+            raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+
+    await end_requests(Call())
 
 
 async def test_nobody_there() -> None:
