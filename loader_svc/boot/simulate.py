@@ -140,6 +140,9 @@ class Boot:
             kernel.page_cache.is_cold = self._costs.first_read_from_disk
         Process(kernel, self._trigger())
         kernel.run()
+        if kernel.calls_in_flight:
+            # Better no figures than those of a boot that stands still.
+            raise RuntimeError(f"{kernel.calls_in_flight} calls have not ended, and nothing is left to be done")
         return self._tally.result(
             duration_ns=duration_ns + udev.idle_since_ns - begun_ns,
             workers=max(forked, udev.forked - forked),

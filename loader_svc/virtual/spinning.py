@@ -82,7 +82,11 @@ class SpinningMachine(VirtualMachine):
         is_first = mutex.spinners[0] is call
         if mutex.spin(call):
             self._have_first_look(mutex)
-            return then(call)
+            answer = then(call)
+            if not mutex.is_held:
+                # Waiters that tried in vain while this one had it count on its end.
+                mutex.free()
+            return answer
         if self._has_to_go(begun_ns) or (is_first and mutex.is_held and not self._runs(mutex)):
             mutex.spinners.remove(call)
             if is_first:

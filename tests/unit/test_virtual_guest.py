@@ -5,6 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader_svc.virtual.call import VirtualCall
+from loader_svc.virtual.costs import NO_COSTS
+from loader_svc.virtual.guest import GuestMachine
 from loader_svc.virtual.mutex import SleepingMutex
 
 
@@ -74,6 +77,23 @@ def test_a_spinner_catches_the_mutex_if_it_runs_when_that_becomes_free() -> None
     assert not mutex.is_held
     assert list(mutex.spinners) == ["behind"]
     assert mutex.spin("behind"), "it finds it free"
+
+
+def test_a_spinner_that_only_looks_wakes_the_waiter_that_tried_in_vain_meanwhile() -> None:
+    machine = GuestMachine(cpus=2, host_cpus=2, costs=NO_COSTS, seed=1)
+    calls = [VirtualCall.__new__(VirtualCall) for _ in range(3)]
+    holder, sleeper, spinner = calls
+    woken: list[VirtualCall] = []
+    mutex = SleepingMutex(woken.append, lambda call: True)
+    mutex.hold(holder)
+    assert not mutex.take(sleeper)
+    mutex.spinners.append(spinner)
+    mutex.free()
+    assert not mutex.retry(sleeper), "the spinner has it"
+    mutex.sleep_again()
+    assert machine._look_up(mutex, 0, lambda call: "looked", spinner) == "looked"
+    assert woken == [sleeper, sleeper]
+    assert mutex.retry(sleeper)
 
 
 @given(
