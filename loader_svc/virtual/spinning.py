@@ -82,11 +82,7 @@ class SpinningMachine(VirtualMachine):
         is_first = mutex.spinners[0] is call
         if mutex.spin(call):
             self._have_first_look(mutex)
-            answer = then(call)
-            if not mutex.is_held:
-                # Waiters that tried in vain while this one had it count on its end.
-                mutex.free()
-            return answer
+            return _use(mutex, then, call)
         if self._has_to_go(begun_ns) or (is_first and mutex.is_held and not self._runs(mutex)):
             mutex.spinners.remove(call)
             if is_first:
@@ -118,10 +114,7 @@ class SpinningMachine(VirtualMachine):
         call: VirtualCall,
     ) -> Any:
         if mutex.retry(call):
-            answer = then(call)
-            if not mutex.is_held:
-                mutex.free()
-            return answer
+            return _use(mutex, then, call)
         if self._has_to_go(begun_ns) or not self._runs(mutex):
             self._asleep.add(call)
             mutex.sleep_again()
@@ -129,3 +122,12 @@ class SpinningMachine(VirtualMachine):
             return _ASLEEP
         call._owed_ns += SPIN_NS
         return self._once_paid(call, partial(self._retry_awake, mutex, begun_ns, then))
+
+
+def _use(mutex: SleepingMutex[VirtualCall], then: Callable[[VirtualCall], Any], call: VirtualCall) -> Any:
+    """Go on with a mutex that was waited for; let go of it if that was only for a look."""
+    answer = then(call)
+    if not mutex.is_held:
+        # Waiters that tried in vain meanwhile count on its end.
+        mutex.free()
+    return answer
