@@ -171,12 +171,8 @@ class Client:
                         entry.attempts.append(Attempt(number, "OK"))
                         entry.answer = response.load if response.HasField("load") else response.unload
                 status, details = grpc.StatusCode.UNAVAILABLE, "the stream ended without an answer"
-            except grpc.aio.AioRpcError as error:
+            except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                 status, details = _status_of(error)
-            except asyncio.CancelledError:
-                if not is_cut_off():
-                    raise
-                status, details = grpc.StatusCode.CANCELLED, "the stream was cut off"
             for tag in sorted(open_tags):
                 entries[tag].attempts.append(Attempt(number, status.name, details))
             again += [entries[tag] for tag in sorted(open_tags) if self._is_to_ask_again(entries[tag].request, status)]
@@ -204,19 +200,18 @@ class Client:
             async for message in stream:
                 if message.HasField("summary"):
                     entry.summary = message.summary
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
             status, details = _status_of(error)
             entry.attempts.append(Attempt(number, status.name, details))
             await asyncio.sleep(RETRY_SECONDS)
-        except asyncio.CancelledError:
-            if not is_cut_off():
-                raise
-            entry.attempts.append(Attempt(number, "CANCELLED", "the stream was cut off"))
-            await asyncio.sleep(RETRY_SECONDS)
 
 
-def _status_of(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
-    """Return the status that a request ended with, and its details."""
+def _status_of(error: grpc.aio.AioRpcError | asyncio.CancelledError) -> tuple[grpc.StatusCode, str]:
+    """Return the status that a request ended with, and its details. CancelledError if the client was cancelled."""
+    if isinstance(error, asyncio.CancelledError):
+        if not is_cut_off():
+            raise error
+        return grpc.StatusCode.CANCELLED, "the stream was cut off"
     details = error.details() or ""
     # What gRPC itself says here where a connection breaks while a message is written (aio/call.pyx.pxi).
     if details == "Internal error from Core":
