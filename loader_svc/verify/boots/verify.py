@@ -37,7 +37,6 @@ class Comparison:
     """What a directory of boots came to."""
 
     tables: list[Table]
-    costs: Costs
     calibrated_from: tuple[str, ...]
     """The boots that costs were taken from."""
     notes: list[str]
@@ -78,11 +77,6 @@ class Boots:
         self._monitor = monitored(recording.directory) or monitored(calibrating.directory)
         self.calibration = self._calibrated(calibrating, base)
         self._costs = self._fitted(calibrating)
-
-    @property
-    def costs(self) -> Costs:
-        """What things take on the recorded machine."""
-        return self._costs
 
     def spec(self, setting: Setting) -> BootSpec:
         """Return the boot of a setting. NotFound, BadRequest."""
@@ -192,7 +186,6 @@ def compare(boots: Boots, run: Run, *, repeat: int, seed: int, calls: bool = Fal
                 notes.append(f"no calls: {boot.name}")
     return Comparison(
         [*tables, *lines(both)],
-        boots.costs,
         tuple(boot.name for boot in boots.calibration.boots),
         notes,
         agreements,
