@@ -7,7 +7,6 @@ which matters where CPUs have a host whose cores they share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 from loader_svc.virtual.call import VirtualCall
@@ -39,95 +38,100 @@ class SpinningMachine(VirtualMachine):
         return call._task is not None and self.cpus.runs(call._task)
 
     def _take(self, mutex: SleepingMutex[VirtualCall], call: VirtualCall, then: Callable[[VirtualCall], Any]) -> Any:
-        """Take a mutex and go on: at once, or spin for it while its owner runs, or else sleep."""
-        if not mutex.is_held:
-            return then(call)
-        if not self._runs(mutex):
-            return self._sleep_for(mutex, then, call)
-        mutex.spinners.append(call)
-        return self._keep_spinning(mutex, self.clock.now_ns, then, call)
+        """Take a mutex and go on: at once, or as soon as it can be had."""
+        return _Wait(self, mutex, then).begin(call) if mutex.is_held else then(call)
 
-    def _runs(self, mutex: SleepingMutex[VirtualCall]) -> bool:
-        """Whether the owner of a mutex is on a CPU, as far as the guest can tell."""
-        return mutex.owner not in self._asleep
 
-    def _sleep_for(
-        self, mutex: SleepingMutex[VirtualCall], then: Callable[[VirtualCall], Any], call: VirtualCall
-    ) -> Any:
-        if mutex.take(call):
-            return then(call)
-        self._asleep.add(call)
-        call._then = partial(self._retry, mutex, then)
-        return _ASLEEP
+class _Wait:
+    """What a call that waits for a mutex is at: it spins while the owner runs, and sleeps otherwise."""
 
-    def _keep_spinning(
-        self,
-        mutex: SleepingMutex[VirtualCall],
-        begun_ns: int,
-        then: Callable[[VirtualCall], Any],
-        call: VirtualCall,
-    ) -> Any:
-        is_looking = mutex.spinners[0] is call or self.cpus.queued
-        call._owed_ns += SPIN_NS if is_looking else self.costs.slice_ns
-        return self._once_paid(call, partial(self._look_up, mutex, begun_ns, then))
+    __slots__ = ("_begun_ns", "_machine", "_mutex", "_then")
 
-    def _look_up(
-        self,
-        mutex: SleepingMutex[VirtualCall],
-        begun_ns: int,
-        then: Callable[[VirtualCall], Any],
-        call: VirtualCall,
-    ) -> Any:
-        """See, while spinning, whether a mutex is free by now, or whether to sleep for it."""
+    def __init__(
+        self, machine: SpinningMachine, mutex: SleepingMutex[VirtualCall], then: Callable[[VirtualCall], Any]
+    ) -> None:
+        """``then`` is what the call does with the mutex."""
+        self._machine = machine
+        self._mutex = mutex
+        self._then = then
+        self._begun_ns = machine.clock.now_ns
+        """When it began to spin, the last time."""
+
+    def begin(self, call: VirtualCall) -> Any:
+        """Wait for a mutex that is held."""
+        if not self._does_owner_run():
+            return self._queue(call)
+        self._mutex.spinners.append(call)
+        return self._spin(call)
+
+    def _does_owner_run(self) -> bool:
+        """Whether the owner of the mutex is on a CPU, as far as the guest can tell."""
+        return self._mutex.owner not in self._machine._asleep
+
+    def _has_to_go(self) -> bool:
+        """Whether it has spun for its slice, and others wait for a CPU."""
+        machine = self._machine
+        return bool(machine.cpus.queued) and machine.clock.now_ns - self._begun_ns >= machine.costs.slice_ns
+
+    def _use(self, call: VirtualCall) -> Any:
+        """Go on with the mutex; let go of it if that was only for a look."""
+        answer = self._then(call)
+        if not self._mutex.is_held:
+            # Waiters that tried in vain meanwhile count on its end.
+            self._mutex.free()
+        return answer
+
+    # --- spinning, before it has ever slept ---
+
+    def _spin(self, call: VirtualCall) -> Any:
+        machine = self._machine
+        is_looking = self._mutex.spinners[0] is call or machine.cpus.queued
+        call._owed_ns += SPIN_NS if is_looking else machine.costs.slice_ns
+        return machine._once_paid(call, self._look_up)
+
+    def _look_up(self, call: VirtualCall) -> Any:
+        """See, while spinning, whether the mutex is free by now, or whether to sleep for it."""
+        mutex = self._mutex
         is_first = mutex.spinners[0] is call
         if mutex.spin(call):
-            self._have_first_look(mutex)
-            return _use(mutex, then, call)
-        if self._has_to_go(begun_ns) or (is_first and mutex.is_held and not self._runs(mutex)):
+            self._have_first_look()
+            return self._use(call)
+        if self._has_to_go() or (is_first and mutex.is_held and not self._does_owner_run()):
             mutex.spinners.remove(call)
             if is_first:
-                self._have_first_look(mutex)
-            return self._sleep_for(mutex, then, call)
-        return self._keep_spinning(mutex, begun_ns, then, call)
+                self._have_first_look()
+            return self._queue(call)
+        return self._spin(call)
 
-    def _have_first_look(self, mutex: SleepingMutex[VirtualCall]) -> None:
-        """Have who is now the first to spin for a mutex look at it."""
-        if mutex.spinners:
-            first = mutex.spinners[0]
+    def _have_first_look(self) -> None:
+        """Have who is now the first to spin for the mutex look at it."""
+        if self._mutex.spinners:
+            first = self._mutex.spinners[0]
             assert first._task is not None
-            self.cpus.cut_short(first._task)
+            self._machine.cpus.cut_short(first._task)
 
-    def _has_to_go(self, begun_ns: int) -> bool:
-        """Whether who spins has had its slice, and others wait for a CPU."""
-        return bool(self.cpus.queued) and self.clock.now_ns - begun_ns >= self.costs.slice_ns
+    # --- sleeping, and what spinning the first who waits does when it was woken in vain ---
 
-    def _retry(self, mutex: SleepingMutex[VirtualCall], then: Callable[[VirtualCall], Any], call: VirtualCall) -> Any:
-        """Go on after having slept for a mutex: the first who waits spins, too, and has it handed over."""
-        self._asleep.discard(call)
-        return self._retry_awake(mutex, self.clock.now_ns, then, call)
+    def _queue(self, call: VirtualCall) -> Any:
+        """Take the mutex if it is free by now; else wait in its queue, asleep."""
+        return self._sleep(call) if not self._mutex.take(call) else self._then(call)
 
-    def _retry_awake(
-        self,
-        mutex: SleepingMutex[VirtualCall],
-        begun_ns: int,
-        then: Callable[[VirtualCall], Any],
-        call: VirtualCall,
-    ) -> Any:
-        if mutex.retry(call):
-            return _use(mutex, then, call)
-        if self._has_to_go(begun_ns) or not self._runs(mutex):
-            self._asleep.add(call)
-            mutex.sleep_again()
-            call._then = partial(self._retry, mutex, then)
-            return _ASLEEP
+    def _sleep(self, call: VirtualCall) -> Any:
+        self._machine._asleep.add(call)
+        call._then = self._wake
+        return _ASLEEP
+
+    def _wake(self, call: VirtualCall) -> Any:
+        self._machine._asleep.discard(call)
+        self._begun_ns = self._machine.clock.now_ns
+        return self._retry(call)
+
+    def _retry(self, call: VirtualCall) -> Any:
+        """Try again after having slept: the first who waits spins, too, and has the mutex handed over."""
+        if self._mutex.retry(call):
+            return self._use(call)
+        if self._has_to_go() or not self._does_owner_run():
+            self._mutex.sleep_again()
+            return self._sleep(call)
         call._owed_ns += SPIN_NS
-        return self._once_paid(call, partial(self._retry_awake, mutex, begun_ns, then))
-
-
-def _use(mutex: SleepingMutex[VirtualCall], then: Callable[[VirtualCall], Any], call: VirtualCall) -> Any:
-    """Go on with a mutex that was waited for; let go of it if that was only for a look."""
-    answer = then(call)
-    if not mutex.is_held:
-        # Waiters that tried in vain meanwhile count on its end.
-        mutex.free()
-    return answer
+        return self._machine._once_paid(call, self._retry)
