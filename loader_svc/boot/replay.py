@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 from loader_svc.boot.files import files_of
 from loader_svc.boot.simulate import new_kernel
-from loader_svc.boot.spec import BootResult, BootSpec
-from loader_svc.boot.tally import Record, Tally
+from loader_svc.boot.spec import BootCall, BootResult, BootSpec
+from loader_svc.boot.tally import Tally
 from loader_svc.boot.trace import TraceCall
-from loader_svc.virtual.call import VirtualCall
+from loader_svc.virtual.call import Record, VirtualCall
 from loader_svc.virtual.process import Body, Process
 from modpressure.errors import BadRequest
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Syscall
@@ -19,14 +19,16 @@ from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Syscall
 MODULES_NAMED: Final = 5
 
 
-def replay_trace(spec: BootSpec, trace: Sequence[TraceCall], seed: int, *, record: Record | None = None) -> BootResult:
+def replay_trace(
+    spec: BootSpec, trace: Sequence[TraceCall], seed: int, *, record: Callable[[BootCall], None] | None = None
+) -> BootResult:
     """Make the calls of a trace; return what came of them, as of a boot.
 
     Of the machine, its CPUs, memory, inits and files count; its devices do not. A worker makes one call at a time: one
     that it is still busy for begins when the one before has ended. TreeError; BadRequest names modules that the tree
     does not have.
     """
-    return Replay(spec, trace, seed, record).run()
+    return Replay(spec, trace, seed, None if record is None else lambda call: record(BootCall.of(call))).run()
 
 
 class Replay:
@@ -53,16 +55,16 @@ class Replay:
         by_worker: dict[str, list[TraceCall]] = {}
         for call in self._trace:
             by_worker.setdefault(call.worker, []).append(call)
-        for number, calls in enumerate(by_worker.values(), 1):
-            self._start(number, calls)
+        for calls in by_worker.values():
+            self._start(calls)
         self.kernel.run()
         return self._tally.result(duration_ns=self._ended_ns, workers=len(by_worker), events=len(self._trace))
 
-    def _start(self, number: int, calls: list[TraceCall]) -> None:
+    def _start(self, calls: list[TraceCall]) -> None:
         processes: list[Process] = []
-        processes.append(Process(self.kernel, self._work(number, calls, processes), calls[0].at_ns))
+        processes.append(Process(self.kernel, self._work(calls, processes), calls[0].at_ns))
 
-    def _work(self, number: int, calls: list[TraceCall], me: list[Process]) -> Body:
+    def _work(self, calls: list[TraceCall], me: list[Process]) -> Body:
         kernel = self.kernel
         clock = kernel.clock
         for call in calls:
@@ -76,7 +78,7 @@ class Replay:
             else:
                 made = self._call(call)
                 yield made
-                self._tally.add(made, number)
+                self._tally.add(made)
             self._ended_ns = max(self._ended_ns, clock.now_ns)
 
     def _call(self, call: TraceCall) -> VirtualCall:

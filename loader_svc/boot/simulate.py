@@ -16,11 +16,11 @@ from loader_svc.boot.files import BootFiles, files_of
 from loader_svc.boot.kmod import Entry, Insertion
 from loader_svc.boot.machine import Machine
 from loader_svc.boot.queue import Event
-from loader_svc.boot.spec import BootResult, BootSpec
-from loader_svc.boot.tally import Record, Tally, is_live
+from loader_svc.boot.spec import BootCall, BootResult, BootSpec
+from loader_svc.boot.tally import Tally, is_live
 from loader_svc.boot.udev import Udev, UdevCosts, Worker
 from loader_svc.init_results import InitResult, InitResults
-from loader_svc.virtual.call import VirtualCall
+from loader_svc.virtual.call import Record, VirtualCall
 from loader_svc.virtual.costs import Costs
 from loader_svc.virtual.guest import GuestMachine
 from loader_svc.virtual.machine import VirtualMachine
@@ -29,17 +29,20 @@ from loader_svc.virtual.process import Body, Process
 Part = Generator[Any, Any, None]
 """A part of a process's body."""
 
+MODPROBE: Final = "modprobe"
+"""Who makes the calls for what the kernel asks for (request_module)."""
+
 SCSI_GENERIC: Final = "sg"
 """What Debian's rules load for a SCSI device where /sys/module/sg is missing (80-drivers.rules of Debian's udev)."""
 
 
-def simulate_boot(spec: BootSpec, seed: int, *, record: Record | None = None) -> BootResult:
+def simulate_boot(spec: BootSpec, seed: int, *, record: Callable[[BootCall], None] | None = None) -> BootResult:
     """Boot a machine and return what came of it; the same specification and seed give the same result.
 
     ``record`` is called with each call when that has ended. TreeError if the modules can't be had, MachineError or
     BadRequest where the specification makes no sense.
     """
-    return Boot(spec, seed, record).run()
+    return Boot(spec, seed, None if record is None else lambda call: record(BootCall.of(call))).run()
 
 
 class _MachineInits(InitResults):
@@ -245,7 +248,7 @@ class Boot:
             else:
                 ending = yield call
                 errno = ending.errno
-                self._tally.add(call, worker.number if worker else 0)
+                self._tally.add(call)
             if locks:
                 self._unlock(insertion.module)
             if errno == "ENOMEM":
@@ -282,4 +285,4 @@ class Boot:
         if file is None:
             return None
         spec = files.call_spec(file, insertion.module, insertion.options, self._spec)
-        return VirtualCall(spec, file, worker=f"udev-{worker.number}" if worker else "modprobe")
+        return VirtualCall(spec, file, worker=f"udev-{worker.number}" if worker else MODPROBE)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from loader_svc.boot.machine import Machine
 from loader_svc.boot.userland import STANDARD, Userland
+from loader_svc.virtual.call import VirtualCall
 from loader_svc.virtual.costs import Costs
 from modpressure.kernel.counters import Counters, FailedModule
 from modpressure.kernel.identity import ANY, KernelIdentity
@@ -81,8 +82,8 @@ class BootCall:
     """One finit_module or init_module of a boot, as it ended."""
 
     module: str
-    worker: int
-    """Number of the udev worker that made it, from 1 on; 0 for a modprobe that the kernel started."""
+    worker: str
+    """Who made it: ``udev-1`` and so on, ``modprobe`` for what the kernel asked for, or a trace's worker."""
 
     syscall: Syscall
     flags: int
@@ -109,6 +110,33 @@ class BootCall:
 
     file: str = ""
     """Path of the file in its tree."""
+
+    @classmethod
+    def of(cls, call: VirtualCall) -> Self:
+        """Return a call that has ended."""
+        ending, spec = call.ending, call.spec
+        loadable = None if call.plan is None else call.loadable
+        assert ending is not None
+        return cls(
+            module=ending.module,
+            worker=call.worker,
+            syscall=spec.syscall,
+            flags=spec.flags,
+            outcome=ending.outcome,
+            errno=ending.errno,
+            begun_ns=call.begun_ns,
+            ended_ns=call.ended_ns,
+            is_duplicate=ending.duplicate,
+            waited=call.waited,
+            image_bytes=loadable.image_bytes if loadable else 0,
+            compressed_bytes=loadable.compressed_bytes if loadable else 0,
+            mod_bytes=loadable.core_bytes + loadable.init_bytes if loadable else 0,
+            text_bytes=loadable.text_bytes if loadable else 0,
+            wait_ns=call.wait_ns,
+            peak_held_bytes=call.peak_held_bytes,
+            check=ending.check,
+            file=call.path,
+        )
 
 
 class Shortfall(NamedTuple):

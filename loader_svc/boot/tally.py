@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
-from loader_svc.boot.spec import BootCall, BootResult, Shortfall
-from loader_svc.virtual.call import VirtualCall
+from loader_svc.boot.spec import BootResult, Shortfall
+from loader_svc.virtual.call import Record, VirtualCall
 from loader_svc.virtual.counted import CountedOrder
 from loader_svc.virtual.machine import VirtualMachine
 from modpressure.kernel.modules_list import State
 from modpressure.kernel.outcome import Outcome, Syscall
-
-Record = Callable[[BootCall], None]
 
 _SHORTAGE: Final = "memory: "
 """What the checks of calls begin with that memory did not suffice for."""
@@ -23,6 +21,7 @@ class Tally:
     """The calls of one machine, as they end."""
 
     def __init__(self, kernel: VirtualMachine, record: Record | None) -> None:
+        """``record`` is told the calls in the order in which they count."""
         self._kernel = kernel
         self._order = CountedOrder(record, kernel.counts.calls) if record else None
         self._syscalls = Counter[Syscall]()
@@ -34,8 +33,8 @@ class Tally:
         self._short: dict[str, None] = {}
         self._skipped_ns = 0
 
-    def add(self, call: VirtualCall, worker: int) -> None:
-        """Count a call that has ended; ``worker`` is its number, 0 for a modprobe of the kernel's."""
+    def add(self, call: VirtualCall) -> None:
+        """Count a call that has ended."""
         ending = call.ending
         assert ending is not None
         self._syscalls[call.spec.syscall] += 1
@@ -53,7 +52,7 @@ class Tally:
             # Before its image could be read it has no name but its file's.
             self._shortages.append(Shortfall(call.spec.module, call.ended_ns - self._skipped_ns, area))
         if self._order is not None:
-            self._order.add(call.number, _record_of(call, worker))
+            self._order.add(call.number, call)
 
     def skip(self, idle_ns: int) -> None:
         """Leave so many ns in which nothing happened out of the times of what comes."""
@@ -96,29 +95,3 @@ def is_live(kernel: VirtualMachine, module: str) -> bool:
     """Whether /sys/module/NAME/initstate says ``live``."""
     found = kernel.modules.get(module)
     return found is not None and found.state is State.LIVE
-
-
-def _record_of(call: VirtualCall, worker: int) -> BootCall:
-    ending, spec = call.ending, call.spec
-    loadable = None if call.plan is None else call.loadable
-    assert ending is not None
-    return BootCall(
-        module=ending.module,
-        worker=worker,
-        syscall=spec.syscall,
-        flags=spec.flags,
-        outcome=ending.outcome,
-        errno=ending.errno,
-        begun_ns=call.begun_ns,
-        ended_ns=call.ended_ns,
-        is_duplicate=ending.duplicate,
-        waited=call.waited,
-        image_bytes=loadable.image_bytes if loadable else 0,
-        compressed_bytes=loadable.compressed_bytes if loadable else 0,
-        mod_bytes=loadable.core_bytes + loadable.init_bytes if loadable else 0,
-        text_bytes=loadable.text_bytes if loadable else 0,
-        wait_ns=call.wait_ns,
-        peak_held_bytes=call.peak_held_bytes,
-        check=ending.check,
-        file=call.path,
-    )

@@ -114,3 +114,7 @@ class VirtualCall:
     def waited(self) -> bool:
         """Whether it waited for another call: in the gate, for the name, or for a module that it needs."""
         return self._waits > 0
+
+
+Record = Callable[[VirtualCall], None]
+"""Is told each call that has ended."""

@@ -40,7 +40,7 @@ from loader_svc.steps import (
     Unpack,
 )
 from loader_svc.virtual.areas import Areas
-from loader_svc.virtual.call import VirtualCall
+from loader_svc.virtual.call import Record, VirtualCall
 from loader_svc.virtual.call_counts import CallCounts, EndingTag
 from loader_svc.virtual.clock import Clock
 from loader_svc.virtual.costs import NO_COSTS, Costs, draw
@@ -150,7 +150,7 @@ class VirtualMachine:
         self.calls_in_flight = 0
         self.on_live: Callable[[str], None] | None = None
         """Called with a module's name when its init has returned, at the moment at which it goes live."""
-        self.record: Callable[[VirtualCall], None] | None = None
+        self.record: Record | None = None
         """Is told each call that has ended, in the order of their ends."""
         self.list_lock = Lock()
         """The mutex of the modules list (``module_mutex``)."""

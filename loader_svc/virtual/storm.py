@@ -16,9 +16,10 @@ from loader_svc.image import Algorithm
 from loader_svc.plan import Plans
 from loader_svc.steps import CallSpec
 from loader_svc.trees import ModuleTree
+from loader_svc.virtual.call import Record, VirtualCall
 from loader_svc.virtual.costs import Costs, default_costs
 from loader_svc.virtual.counted import CountedOrder
-from loader_svc.virtual.machine import IMAGE_LIMIT_BYTES, VirtualCall, VirtualFile, VirtualMachine
+from loader_svc.virtual.machine import IMAGE_LIMIT_BYTES, VirtualFile, VirtualMachine
 from loader_svc.virtual.process import Body, Process
 from modpressure.errors import BadRequest
 from modpressure.kernel.counters import Counters, FailedModule
@@ -36,8 +37,6 @@ KMOD_WITH_KERNEL_DECOMPRESSION: Final = 34
 """The first libkmod here that hands packed files to the kernel."""
 
 ALGORITHMS: Final[dict[str, Algorithm]] = {"gz": "gzip", "xz": "xz", "zst": "zstd"}
-
-Record = Callable[[VirtualCall], None]
 
 
 @dataclass(frozen=True, slots=True)

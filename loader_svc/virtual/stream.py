@@ -133,20 +133,21 @@ def _modules_of(machine: VirtualMachine) -> pb.RecordModules:
 class Messages:
     """Makes messages of calls in virtual time, which begins at a moment of real time."""
 
-    def __init__(self, policy: Policy, requester: str, epoch_ns: int | None = None) -> None:
+    def __init__(self, policy: Policy, epoch_ns: int | None = None) -> None:
         """``epoch_ns`` is that moment, since 1970; now if None."""
         self._policy = next(number for number, each in POLICIES.items() if each == policy)
-        self._requester = requester
         self._epoch_ns = time.time_ns() if epoch_ns is None else epoch_ns
 
-    def of(self, call: VirtualCall) -> call_pb2.Call:
-        """Return the message of one call that has ended."""
+    def of(
+        self, call: VirtualCall, requester: str, origin: call_pb2.Origin.ValueType = call_pb2.ORIGIN_USERSPACE
+    ) -> call_pb2.Call:
+        """Return the message of one call that has ended; ``requester`` and ``origin`` say who asked."""
         ending, spec = call.ending, call.spec
         assert ending is not None
         message = call_pb2.Call(
             worker=call.worker,
-            origin=call_pb2.ORIGIN_USERSPACE,
-            requester=self._requester,
+            origin=origin,
+            requester=requester,
             module=ending.module,
             file=call.path,
             policy=self._policy,  # type: ignore[arg-type]

@@ -72,11 +72,11 @@ async def _recorded(session: Session, storm: VirtualStorm, tree: ModuleTree, see
     # What goes wrong is said in a sentence; that the stream stands is no news.
     log.configure("error", "console")
     settings = session.settings
-    messages = Messages(storm.policy, "storm")
+    messages = Messages(storm.policy)
 
     def simulate(send: Send) -> tuple[VirtualStormResult, VirtualMachine]:
         run = StormRun(storm, tree, seed)
-        return run.run(lambda call: send(messages.of(call))), run.machine
+        return run.run(lambda call: send(messages.of(call, "storm"))), run.machine
 
     target = StatsTarget(settings.stats, settings.system, session.tls, settings.token_file)
     return await streamed(target, "storm", simulate)

@@ -165,6 +165,13 @@ def test_the_calls_of_a_boot_count_in_stats_svc_as_any_others(run: Run, stats: P
     counters = json.loads(run("stats", "--json", *asked)[1])
     for name in ("modcount", "failed_becoming", "failed_load_modules", "duplicates", "calls", "invalid_mod_bytes"):
         assert int(counters[name]) == boot["counters"][name]
+    calls = [json.loads(line)["call"] for line in run("events", "--limit", "0", "--json", *asked)[1].splitlines()]
+    # Found a duplicate before anything was laid out, as the live driver says of it.
+    early = [call for call in calls if call["outcome"] == "OUTCOME_BECOMING"]
+    assert early
+    assert {(int(call["mod_bytes"]), int(call["text_bytes"])) for call in early} == {(0, 0)}
+    assert all(int(call["mod_bytes"]) for call in calls if call["outcome"] == "OUTCOME_LIVE")
+    assert {(call["requester"], call["origin"]) for call in calls} == {("udev", "ORIGIN_USERSPACE")}
 
 
 def test_a_stats_svc_that_is_away_is_told() -> None:

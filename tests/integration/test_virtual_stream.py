@@ -43,11 +43,11 @@ async def test_stats_svc_counts_what_the_simulation_counts(launch: Launch, tmp_p
     stats = launch("stats_svc", "--listen", "127.0.0.1:0", "--database", str(tmp_path / "stats.sqlite3"))
     storm = VirtualStorm(("xfs", "loop"), workers=700, cpus=64, once=True)
     tree = open_tree(catalogue_tree())
-    messages = Messages(V6_4, "storm", EPOCH_NS)
+    messages = Messages(V6_4, EPOCH_NS)
     run = StormRun(storm, tree, 3)
 
     def simulate(send: Send) -> tuple[VirtualStormResult, VirtualMachine]:
-        return run.run(lambda call: send(messages.of(call))), run.machine
+        return run.run(lambda call: send(messages.of(call, "storm"))), run.machine
 
     result = await streamed(StatsTarget(stats.address, "virtual"), "storm", simulate)
     assert result.counters.calls == 1400 > BATCH_CALLS

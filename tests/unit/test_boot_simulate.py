@@ -74,7 +74,7 @@ class Run:
             tree.write()
         described = Machine("small", **{"cpus": 8, "memory_bytes": 64 * GIB, "devices": devices, **machine})
         self.spec = BootSpec(described, TreeSource(tree.root), **{"costs": COSTS, **changes})
-        self.boot = Boot(self.spec, 1, self.calls.append)
+        self.boot = Boot(self.spec, 1, lambda call: self.calls.append(BootCall.of(call)))
         self.result: BootResult = self.boot.run()
         assert imbalances(self.boot.kernel) == []
 
@@ -174,7 +174,7 @@ def test_idle_workers_are_used_again_and_leave_when_nothing_came_for_three_secon
     small.add("other")
     devices = (Device("/devices/a", "pci:1"), Device("/devices/a/b", "y:1", is_born=True))
     quick = Run(small, *devices, userland=Userland(udev_workers=1))
-    assert {call.worker for call in quick.calls} == {1}
+    assert {call.worker for call in quick.calls} == {"udev-1"}
     # While the init of the first one sleeps its event is in the list, so that nobody leaves.
     assert Run(small, *devices, inits=(slow("first", 9000),), userland=Userland(udev_workers=1)).result.workers == 1
 
@@ -430,7 +430,7 @@ def test_what_the_kernel_asks_for_itself_runs_beside_udev(small: SmallTree) -> N
         userland=Userland(udev_workers=1),
     )
     assert run.result.loaded == ("snd", "codec")
-    assert run.of("codec")[0].worker == 0
+    assert run.of("codec")[0].worker == "modprobe"
     assert run.result.autoloads == 2
 
 
@@ -442,7 +442,7 @@ def test_the_kernel_runs_fifty_modprobes_at_once_and_no_more(small: SmallTree) -
     inits = tuple(slow(name, 100) for name in names)
     asked = (("many", names),)
     run = Run(small, Device("/devices/a", "pci:1"), autoload=asked, inits=inits)
-    calls = [call for call in run.calls if not call.worker]
+    calls = [call for call in run.calls if call.worker == "modprobe"]
     assert max(sum(o.begun_ns <= c.begun_ns < o.ended_ns for o in calls) for c in calls) == 50
     assert (run.result.autoloads, run.result.autoloads_failed, len(calls)) == (60, 0, 60)
     slower = Run(small, Device("/devices/a", "pci:1"), autoload=asked, inits=tuple(slow(name, 6000) for name in names))
@@ -709,7 +709,7 @@ def test_the_same_seed_gives_the_same_boot_in_any_process() -> None:
 def test_nothing_is_lost_in_a_boot_of_a_bundled_machine(machine: str, policy: str) -> None:
     described = bundled_machines()[machine]
     calls: list[BootCall] = []
-    boot = Boot(BootSpec(described, policy=POLICIES[policy]), 1, calls.append)
+    boot = Boot(BootSpec(described, policy=POLICIES[policy]), 1, lambda call: calls.append(BootCall.of(call)))
     result = boot.run()
     assert imbalances(boot.kernel) == []
     assert boot._births.unborn == []

@@ -127,11 +127,11 @@ def test_calls_are_made_at_their_times_one_at_a_time_by_each_worker(small: Small
     calls: list[BootCall] = []
     spec = BootSpec(MACHINE, TreeSource(small.root), V6_4, costs=replace(NO_COSTS, init={"a": 100 * MS}))
     trace = parse_trace("time,module,worker\n1,a,x\n1.02,b,x\n1.03,a,y\n2,packed,y\n")
-    replaying = Replay(spec, trace, 1, calls.append)
+    replaying = Replay(spec, trace, 1, lambda call: calls.append(BootCall.of(call)))
     result = replaying.run()
     assert imbalances(replaying.kernel) == []
     begun = {(call.module, call.worker): call.begun_ns for call in calls}
-    assert begun == {("a", 1): 0, ("b", 1): 100 * MS, ("a", 2): 30 * MS, ("packed", 2): 1000 * MS}
+    assert begun == {("a", "x"): 0, ("b", "x"): 100 * MS, ("a", "y"): 30 * MS, ("packed", "y"): 1000 * MS}
     assert result.duplicates == 1
     assert [call.errno for call in calls if call.is_duplicate] == ["EEXIST"]
     assert result.init_calls == 1

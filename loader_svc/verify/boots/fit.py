@@ -19,7 +19,7 @@ from statistics import fmean, median
 from typing import Any, Final, NamedTuple, Self
 
 from loader_svc.boot.simulate import Boot
-from loader_svc.boot.spec import BootCall, BootSpec
+from loader_svc.boot.spec import BootSpec
 from loader_svc.virtual.call import VirtualCall
 from loader_svc.virtual.costs import Costs
 from loader_svc.virtual.guest import GuestMachine
@@ -178,7 +178,7 @@ class _Watched(GuestMachine):
 def _simulated(spec: BootSpec, seed: int, took: defaultdict[tuple[str, str], list[int]]) -> Start:
     begun: list[int] = []
 
-    def record(call: BootCall) -> None:
+    def record(call: VirtualCall) -> None:
         begun.append(call.begun_ns)
 
     def guest(**options: Any) -> GuestMachine:
