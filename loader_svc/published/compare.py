@@ -7,8 +7,7 @@ the mean over seeds, with the least and the greatest.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from loader_svc.boot import BootSpec
 from loader_svc.boot.machine_file import machine_of
@@ -16,6 +15,7 @@ from loader_svc.published.figures import GRAPH_BYTES, Boot, Figures, Graph, Stre
 from loader_svc.published.stress import peak_bytes
 from loader_svc.sweep.finished import Finished
 from loader_svc.sweep.point import Point, grid
+from loader_svc.sweep.side_by_side import Row, Table, spread_text
 from loader_svc.sweep.summary import QUANTITIES, Series, Spread, Summary
 from loader_svc.sweep.whatif import Run
 from modpressure.kernel.policy import POLICIES
@@ -41,31 +41,6 @@ STORMS: Final = 3
 
 Peak = Callable[[Stress, str, int, Any], int]
 """Most bytes that the stress test holds at once, under a policy, with a seed and costs."""
-
-
-class Row(NamedTuple):
-    """One figure, published and simulated."""
-
-    what: str
-    published: str
-    simulated: str
-    bound: str = ""
-    """What is asked of it; empty if it is shown only."""
-
-    agrees: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One published table."""
-
-    title: str
-    rows: list[Row]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every figure is within its bound."""
-        return all(row.agrees for row in self.rows)
 
 
 def compare(run: Run, seeds: int, costs: Any = None, *, peak: Peak = peak_bytes) -> list[Table]:
@@ -137,7 +112,7 @@ def _early(boot: Boot, done: list[Finished]) -> Table:
 def _shared(boot: Boot, done: list[Finished]) -> Table:
     def none(what: str, value: Callable[[Finished], int]) -> Row:
         spread = Spread.of([value(each) for each in done])
-        return Row(what, "0", _text(spread), "0 with every seed", spread.high == 0)
+        return Row(what, "0", spread_text(spread), "0 with every seed", spread.high == 0)
 
     rows = [
         _shown("modules loaded", boot.modules, Spread.of([each.modules for each in done])),
@@ -158,19 +133,12 @@ def _graph(graph: Graph, done: list[Finished]) -> Table:
         series = Series(done[0].machine, policy, "none")
         spreads = summary.spreads(series, waste)
         for cpus, (low, high) in zip(graph.cpus, bounds, strict=True):
-            rows.append(Row(f"{policy}, {cpus} CPUs, GiB", _range(low, high), _text(spreads[cpus], 2)))
+            rows.append(Row(f"{policy}, {cpus} CPUs, GiB", _range(low, high), spread_text(spreads[cpus], 2)))
         fit, read = summary.fit(series, waste), graph.fit(policy)
         assert fit is not None
         slopes[policy] = fit.slope
-        rows.append(
-            Row(
-                f"{policy}, GiB for each CPU",
-                f"{read.slope:.4f}",
-                f"{fit.slope:.4f}",
-                f"within {SLOPE_WITHIN:.0%}",
-                abs(fit.slope - read.slope) <= SLOPE_WITHIN * read.slope,
-            )
-        )
+        slope = Row(f"{policy}, GiB for each CPU", f"{read.slope:.4f}", f"{fit.slope:.4f}")
+        rows.append(slope.within(SLOPE_WITHIN, read.slope, fit.slope))
         rows.append(
             Row(
                 f"{policy}, R² of the line",
@@ -205,8 +173,8 @@ def _stress(stress: Stress, drawn: list[Finished], peak: Callable[[str, int], in
         cpus = Spread.of([(peak - fit.intercept) / fit.slope for peak in peaks])
         used = f"{used_kib * 1024 / GRAPH_BYTES:.2f} with all else"
         rows += [
-            Row(f"{policy}, most memory at once, GiB", used, _text(Spread.of(peaks), 2)),
-            Row(f"{policy}, as a boot of so many CPUs", str(stress.as_cpus), _text(cpus)),
+            Row(f"{policy}, most memory at once, GiB", used, spread_text(Spread.of(peaks), 2)),
+            Row(f"{policy}, as a boot of so many CPUs", str(stress.as_cpus), spread_text(cpus)),
         ]
     return Table(f"the stress test: {stress.title}", rows)
 
@@ -268,28 +236,20 @@ def _modules(boot: Boot, done: list[Finished], *, bounded: bool) -> list[Row]:
         published = boot.duplicates.get(name, 0)
         counts = [sum(each.duplicates.get(name, (0, 0, 0))[:2]) for each in done]
         spread = Spread.of(counts)
+        row = _shown(name, published, spread)
         if bounded and published > MODULE_LEAST:
             agrees = published / MODULE_FACTOR <= spread.mean <= published * MODULE_FACTOR
-            rows.append(Row(name, str(published), _text(spread), f"within a factor of {MODULE_FACTOR}", agrees))
-        else:
-            rows.append(_shown(name, published, spread))
+            row = row.bounded(f"within a factor of {MODULE_FACTOR}", agrees=agrees)
+        rows.append(row)
     return rows
 
 
 def _shown(what: str, published: int, spread: Spread) -> Row:
-    return Row(what, str(published), _text(spread))
+    return Row(what, str(published), spread_text(spread))
 
 
 def _within(what: str, published: int, spread: Spread) -> Row:
-    agrees = abs(spread.mean - published) <= TOTAL_WITHIN * published
-    return Row(what, str(published), _text(spread), f"within {TOTAL_WITHIN:.0%}", agrees)
-
-
-def _text(spread: Spread, digits: int = 0) -> str:
-    mean = f"{spread.mean:.{digits or (0 if spread.mean >= 1000 or spread.low == spread.high else 1)}f}"
-    if spread.low == spread.high:
-        return mean
-    return f"{mean} [{spread.low:.{digits}f} .. {spread.high:.{digits}f}]"
+    return _shown(what, published, spread).within(TOTAL_WITHIN, published, spread.mean)
 
 
 def _range(low: float, high: float) -> str:

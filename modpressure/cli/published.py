@@ -12,7 +12,7 @@ from modpressure.cli.session import JSON_HELP, whole_number
 from modpressure.cli.sweep_options import CostsOption, DaskOption, JobsOption, Place
 
 if TYPE_CHECKING:
-    from loader_svc.published.compare import Table
+    from loader_svc.sweep.side_by_side import Table
     from loader_svc.virtual.costs import Costs
 
 
@@ -32,21 +32,23 @@ def published(
     """
     from loader_svc.published.compare import compare
     from loader_svc.published.figures import published_figures
+    from loader_svc.sweep.side_by_side import agreed
 
     with Place(jobs, dask).runner() as run:
         tables = compare(lambda points: run(points, "booting"), seeds, _costs(costs))
     source = published_figures().source
-    bounded = [row for table in tables for row in table.rows if row.bound]
-    agreed = sum(row.agrees for row in bounded)
+    right, total = agreed(tables)
     if json:
-        documents = [{"title": table.title, "rows": [row._asdict() for row in table.rows]} for table in tables]
-        print_json({"source": source, "agreed": agreed, "total": len(bounded), "tables": documents})
+        documents = [
+            {"title": table.title, "rows": [row.document("published") for row in table.rows]} for table in tables
+        ]
+        print_json({"source": source, "agreed": right, "total": total, "tables": documents})
     else:
         print_text(f"Published: {source}.\n")
         for table in tables:
             _print(table)
-        print_text(f"\n{agreed} of {len(bounded)} agree\n")
-    if agreed < len(bounded):
+        print_text(f"\n{right} of {total} agree\n")
+    if right < total:
         raise typer.Exit(1)
 
 
@@ -60,7 +62,4 @@ def _costs(path: Path | None) -> Costs | None:
 
 def _print(table: Table) -> None:
     print_text(f"\n{table.title}\n")
-    print_table(
-        ("", ">Published", ">Simulated", "Bound", ""),
-        [(row.what, row.published, row.simulated, row.bound, "" if row.agrees else "DIFFERS") for row in table.rows],
-    )
+    print_table(("", ">Published", ">Simulated", "Bound", ""), [row.texts() for row in table.rows])

@@ -13,7 +13,7 @@ from modpressure.cli.sweep_options import CostsOption, DaskOption, JobsOption, P
 from modpressure.errors import NotNow
 
 if TYPE_CHECKING:
-    from loader_svc.verify.boots.comparison import Row, Table
+    from loader_svc.verify.boots.comparison import BootsTable
     from loader_svc.verify.boots.verify import Comparison
 
 
@@ -79,13 +79,9 @@ def _show(comparison: Comparison, *, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _print(table: Table) -> None:
+def _print(table: BootsTable) -> None:
     print_text(f"\n{table.title}\n{', '.join(table.boots)}\n")
-    print_table(("", ">Recorded", ">Simulated", "Bound", ""), [_texts(row) for row in table.rows])
+    print_table(("", ">Recorded", ">Simulated", "Bound", ""), [row.texts() for row in table.rows])
     if table.modules:
         print_text("\n")
-        print_table(("Duplicates of", ">Recorded", ">Simulated"), [_texts(row)[:3] for row in table.modules])
-
-
-def _texts(row: Row) -> tuple[str, ...]:
-    return row.what, row.recorded, row.simulated, row.bound, "" if row.agrees else "DIFFERS"
+        print_table(("Duplicates of", ">Recorded", ">Simulated"), [row.texts()[:3] for row in table.modules])

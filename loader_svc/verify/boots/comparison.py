@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from loader_svc.sweep.finished import Finished
+from loader_svc.sweep.side_by_side import Row, Table, number_text, spread_text
 from loader_svc.sweep.summary import Fit, Spread
 from loader_svc.verify.boots.recorded import RecordedBoot, Setting
 
@@ -29,46 +30,25 @@ SHARED_MOST: Final = 2
 """Duplicates that a boot may have in which calls in flight share their result."""
 
 
-class Row(NamedTuple):
-    """One figure, recorded and simulated."""
-
-    what: str
-    recorded: str
-    simulated: str
-    bound: str = ""
-    """What is asked of it; empty if it is shown only."""
-
-    agrees: bool = True
-
-
 @dataclass(frozen=True, slots=True)
-class Table:
+class BootsTable(Table):
     """The figures of boots that are repetitions of each other, or of a line through several."""
 
-    title: str
     boots: tuple[str, ...]
-    rows: list[Row]
     modules: list[Row]
     """Duplicates of each module; shown only."""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every figure is within its bound."""
-        return all(row.agrees for row in self.rows)
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON's types."""
         return {
             "title": self.title,
             "boots": list(self.boots),
-            "rows": [row._asdict() for row in self.rows],
-            "modules": [
-                {"module": row.what, "recorded": row.recorded, "simulated": row.simulated} for row in self.modules
-            ],
+            "rows": [row.document("recorded") for row in self.rows],
+            "modules": [{"module": row.what, "recorded": row.real, "simulated": row.simulated} for row in self.modules],
         }
 
 
-def compared(setting: Setting, boots: Sequence[RecordedBoot], done: Sequence[Finished]) -> Table:
+def compared(setting: Setting, boots: Sequence[RecordedBoot], done: Sequence[Finished]) -> BootsTable:
     """Hold some recorded boots against as many simulated ones as there are."""
     figures = _Figures(boots, done)
     rows = [
@@ -82,13 +62,11 @@ def compared(setting: Setting, boots: Sequence[RecordedBoot], done: Sequence[Fin
         figures.shown("init_module calls", "init_calls", lambda each: each.init_calls),
         figures.shown("calls that shared a result", "gate_joins", lambda each: each.gate_joins),
         figures.shown("failed inits", "init_failures", lambda each: each.failed_inits),
-        Row(
-            "seconds",
-            _recorded([boot.settle_seconds for boot in boots], 1),
-            _simulated(Spread.of([each.duration_ns / 1e9 for each in done]), 1),
+        _row(
+            "seconds", [boot.settle_seconds for boot in boots], Spread.of([each.duration_ns / 1e9 for each in done]), 1
         ),
     ]
-    return Table(str(setting), tuple(boot.name for boot in boots), rows, _modules(boots, done))
+    return BootsTable(str(setting), rows, tuple(boot.name for boot in boots), _modules(boots, done))
 
 
 class _Figures:
@@ -100,21 +78,20 @@ class _Figures:
 
     def shown(self, what: str, column: str, value: Callable[[Finished], float]) -> Row:
         """Return a figure that has no bound."""
-        recorded, spread = self._of(column, value)
-        return Row(what, _recorded(recorded), _simulated(spread))
+        return _row(what, *self._of(column, value))
 
     def exact(self, what: str, column: str, value: Callable[[Finished], float]) -> Row:
         """Return a figure that is no race."""
         recorded, spread = self._of(column, value)
         agrees = spread.low == spread.high and set(recorded) == {spread.low}
-        return Row(what, _recorded(recorded), _simulated(spread), "exact", agrees)
+        return _row(what, recorded, spread).bounded("exact", agrees=agrees)
 
     def near(self, what: str, column: str, value: Callable[[Finished], float], *, calls: bool) -> Row:
         """Return a figure whose mean has to be near the recorded one."""
         recorded, spread = self._of(column, value)
         least, most = bounds(recorded, calls=calls)
-        bound = f"{_number(least)} to {_number(most)}"
-        return Row(what, _recorded(recorded), _simulated(spread), bound, least <= spread.mean <= most)
+        bound = f"{number_text(least)} to {number_text(most)}"
+        return _row(what, recorded, spread).bounded(bound, agrees=least <= spread.mean <= most)
 
     def _of(self, column: str, value: Callable[[Finished], float]) -> tuple[list[int], Spread]:
         recorded = [boot.total if column == "duplicates" else boot.figures[column] for boot in self.boots]
@@ -144,7 +121,7 @@ def _duplicates(setting: Setting, figures: _Figures) -> list[Row]:
         row = figures.shown("duplicates", "duplicates", total)
         most = max(total(each) for each in figures.done)
         return [
-            row._replace(bound=f"at most {SHARED_MOST} a boot", agrees=most <= SHARED_MOST),
+            row.bounded(f"at most {SHARED_MOST} a boot", agrees=most <= SHARED_MOST),
             figures.shown("duplicates at load", "failed_load_modules", lambda each: each.load),
             figures.shown("wasted bytes", "wasted_bytes", lambda each: each.wasted_bytes),
         ]
@@ -161,8 +138,7 @@ def _peak(setting: Setting, figures: _Figures) -> list[Row]:
         return [row]
     recorded = fmean(boot.figures["peak_copy_bytes"] for boot in figures.boots)
     simulated = fmean(each.peak_copy_bytes for each in figures.done)
-    agrees = abs(simulated - recorded) <= PEAK_WITHIN * recorded
-    return [row._replace(bound=f"within {PEAK_WITHIN:.0%}", agrees=agrees)]
+    return [row.within(PEAK_WITHIN, recorded, simulated)]
 
 
 def _modules(boots: Sequence[RecordedBoot], done: Sequence[Finished]) -> list[Row]:
@@ -176,11 +152,11 @@ def _modules(boots: Sequence[RecordedBoot], done: Sequence[Finished]) -> list[Ro
     for name in names:
         recorded = [table.get(name, 0) for table in tables]
         spread = Spread.of([sum(each.duplicates.get(name, (0, 0, 0))[:2]) for each in done])
-        rows.append((-fmean(recorded), -spread.mean, Row(name, _recorded(recorded), _simulated(spread))))
+        rows.append((-fmean(recorded), -spread.mean, _row(name, recorded, spread)))
     return [row for _, _, row in sorted(rows)]
 
 
-def lines(compared_boots: Mapping[Setting, tuple[Sequence[RecordedBoot], Sequence[Finished]]]) -> list[Table]:
+def lines(compared_boots: Mapping[Setting, tuple[Sequence[RecordedBoot], Sequence[Finished]]]) -> list[BootsTable]:
     """Hold the lines in the number of CPUs against each other, where there are enough of them to tell."""
     groups: defaultdict[tuple[str, ...], list[Setting]] = defaultdict(list)
     for setting, (boots, _) in compared_boots.items():
@@ -195,28 +171,22 @@ def lines(compared_boots: Mapping[Setting, tuple[Sequence[RecordedBoot], Sequenc
         real, virtual = Fit.of(recorded), Fit.of(simulated)
         if real is None or virtual is None:
             continue
-        agrees = abs(virtual.slope - real.slope) <= WITHIN * abs(real.slope)
+        slope = Row("duplicates for each CPU", f"{real.slope:.1f}", f"{virtual.slope:.1f}")
         rows = [
-            Row("duplicates for each CPU", f"{real.slope:.1f}", f"{virtual.slope:.1f}", f"within {WITHIN:.0%}", agrees),
+            slope.within(WITHIN, real.slope, virtual.slope),
             Row("R² of the line", f"{real.r_squared:.3f}", f"{virtual.r_squared:.3f}"),
         ]
         cpus = ", ".join(str(count) for count in sorted({setting.cpus for setting in settings}))
         names = tuple(boot.name for each in settings for boot in compared_boots[each][0])
-        tables.append(Table(f"line through {cpus} CPUs, {', '.join(line)}", names, rows, []))
+        tables.append(BootsTable(f"line through {cpus} CPUs, {', '.join(line)}", rows, names, []))
     return tables
+
+
+def _row(what: str, recorded: Sequence[float], spread: Spread, digits: int = 0) -> Row:
+    return Row(what, _recorded(recorded, digits), spread_text(spread, digits))
 
 
 def _recorded(values: Sequence[float], digits: int = 0) -> str:
     if len(set(values)) == 1:
         return f"{values[0]:.{digits}f}" + (f" ({len(values)} boots)" if len(values) > 1 else "")
     return ", ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _simulated(spread: Spread, digits: int = 0) -> str:
-    if spread.low == spread.high:
-        return f"{spread.mean:.{digits}f}"
-    return f"{_number(spread.mean)} [{spread.low:.{digits}f} .. {spread.high:.{digits}f}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"

@@ -15,10 +15,11 @@ from loader_svc.boot.files import BootFiles
 from loader_svc.boot.spec import BootSpec
 from loader_svc.sweep.finished import Finished
 from loader_svc.sweep.point import Point
+from loader_svc.sweep.side_by_side import agreed
 from loader_svc.verify.agreement import Agreement
 from loader_svc.verify.boots.calibration import Calibration, calibrated, calibrating_boots
 from loader_svc.verify.boots.calls import compare_calls
-from loader_svc.verify.boots.comparison import Table, compared, lines
+from loader_svc.verify.boots.comparison import BootsTable, compared, lines
 from loader_svc.verify.boots.fit import fitted
 from loader_svc.verify.boots.machine import has_modprobe_dir, recorded_machine, recorded_spec, write_modprobe_dir
 from loader_svc.verify.boots.monitor import monitored
@@ -36,7 +37,7 @@ PACKED_TREE = "modroot.tar.xz"
 class Comparison:
     """What a directory of boots came to."""
 
-    tables: list[Table]
+    tables: list[BootsTable]
     calibrated_from: tuple[str, ...]
     """The boots that costs were taken from."""
     notes: list[str]
@@ -46,15 +47,14 @@ class Comparison:
     @property
     def rows(self) -> tuple[int, int]:
         """How many figures that have a bound agree, and how many there are."""
-        bounded = [row for table in self.tables for row in table.rows if row.bound]
-        agreed = sum(row.agrees for row in bounded) + sum(each.agreed for each in self.calls)
-        return agreed, len(bounded) + sum(each.total for each in self.calls)
+        figures, bounded = agreed(self.tables)
+        return figures + sum(each.agreed for each in self.calls), bounded + sum(each.total for each in self.calls)
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON's types."""
-        agreed, total = self.rows
+        right, total = self.rows
         return {
-            "agreed": agreed,
+            "agreed": right,
             "total": total,
             "calibrated_from": list(self.calibrated_from),
             "notes": self.notes,
