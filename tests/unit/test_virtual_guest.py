@@ -9,6 +9,7 @@ from loader_svc.virtual.call import VirtualCall
 from loader_svc.virtual.costs import NO_COSTS
 from loader_svc.virtual.guest import GuestMachine
 from loader_svc.virtual.mutex import SleepingMutex
+from loader_svc.virtual.spinning import _Wait
 
 
 class Kernel:
@@ -91,7 +92,7 @@ def test_a_spinner_that_only_looks_wakes_the_waiter_that_tried_in_vain_meanwhile
     mutex.free()
     assert not mutex.retry(sleeper), "the spinner has it"
     mutex.sleep_again()
-    assert machine._look_up(mutex, 0, lambda call: "looked", spinner) == "looked"
+    assert _Wait(machine, mutex, lambda call: "looked")._look_up(spinner) == "looked"
     assert woken == [sleeper, sleeper]
     assert mutex.retry(sleeper)
 
