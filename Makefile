@@ -143,8 +143,8 @@ chaos: venv  ## kill, freeze, cut off and fill while clients keep diaries: lost 
 bench: venv  ## measure, and hold the ratios against their bounds
 	$(BIN)/python -m bench
 
-# FUZZ_MESSAGES=1000000 by hand; CI takes the default, 10000. FUZZ_SEED repeats a run, and
-# FUZZ_TARGETS="StatsService/GetReport files" narrows it.
+# FUZZ_MESSAGES=1000000 by hand, for some hours; CI takes the default, 10000. Ctrl-C has it tell what it has so far.
+# FUZZ_SEED repeats a run, and FUZZ_TARGETS="StatsService/GetReport files" narrows it.
 .PHONY: fuzz
 fuzz: venv  ## random and damaged messages to every RPC, damaged files to the reader
 	$(BIN)/python -m fuzz $(FUZZ_TARGETS)

@@ -110,8 +110,10 @@ class Service:
     """What a ``grpc.aio`` server has been given: handlers, and the interceptors before them."""
 
     def __init__(self, interceptors: Sequence[Any]) -> None:
-        self._interceptors = tuple(interceptors)
         self._handlers: list[Any] = []
+        self._find: Any = self._known
+        for interceptor in reversed(interceptors):
+            self._find = _before(interceptor, self._find)
 
     def add(self, handlers: Sequence[Any]) -> None:
         """Add generic handlers."""
@@ -119,16 +121,11 @@ class Service:
 
     async def handler(self, path: str) -> Any:
         """Return what carries out an RPC, None for one that is not known; each RPC asks for its own."""
-        details = _CallDetails(path)
+        return await self._find(_CallDetails(path))
 
-        async def find(details: _CallDetails) -> Any:
-            found = (handlers.service(details) for handlers in self._handlers)
-            return next((handler for handler in found if handler is not None), None)
-
-        continuation: Any = find
-        for interceptor in reversed(self._interceptors):
-            continuation = _before(interceptor, continuation)
-        return await continuation(details)
+    async def _known(self, details: _CallDetails) -> Any:
+        found = (handlers.service(details) for handlers in self._handlers)
+        return next((handler for handler in found if handler is not None), None)
 
 
 def _before(interceptor: Any, continuation: Any) -> Any:
@@ -205,7 +202,8 @@ class Inside:
 
     async def status(self) -> tuple[grpc.StatusCode, str]:
         """Return how it ended."""
-        await asyncio.wait({self._task})
+        if not self._task.done():
+            await asyncio.wait({self._task})
         return self._context.status or (grpc.StatusCode.CANCELLED, "")
 
     @property
@@ -304,7 +302,7 @@ async def _carry_out(service: Service, path: str, context: _Context) -> None:
     inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     try:
         asked = context.iterate() if handler.request_streaming else await context.read()
-        if inspect.isasyncgenfunction(inner):
+        if handler.response_streaming and inspect.isasyncgenfunction(inner):
             async for answer in inner(asked, context):
                 await context.write(answer)
         elif handler.response_streaming:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+from collections.abc import Callable
 from typing import Final
 
 import zstandard
@@ -18,6 +19,9 @@ from tests.integration.test_call_mutations import load_all
 
 NAME: Final = "files"
 """This target's name among the RPCs."""
+
+BLOCK: Final = 1000
+"""Files between two looks at whether to go on."""
 
 _SEEDS: Final = ("minix", "crc_itu_t", "mbcache", "crypto_engine")
 """Small modules of the catalogue: without imports, with exports, with parameters."""
@@ -35,12 +39,19 @@ def _packed() -> list[bytes]:
     return files
 
 
-def fuzz(count: int, seed: int) -> Tally:
-    """Load ``count`` damaged files, half of them into a kernel that takes any module, half into the catalogue's."""
+def fuzz(count: int, seed: int, stopped: Callable[[], bool] = lambda: False) -> Tally:
+    """Load ``count`` damaged files, by turns into a kernel that takes any module and into the catalogue's.
+
+    Each block has a seed of its own. No further ones once it is ``stopped``.
+    """
     tally = Tally(NAME)
-    for number, identity in enumerate((load_identity("any"), catalogue_identity())):
+    packed, identities = _packed(), (load_identity("any"), catalogue_identity())
+    for number, begun in enumerate(range(0, count, BLOCK)):
+        if stopped():
+            break
+        block_seed = seed + number
         try:
-            results, longest_seconds = load_all(_packed(), count // 2, seed + number, identity)
+            results, longest_seconds = load_all(packed, min(BLOCK, count - begun), block_seed, identities[number % 2])
         except AssertionError as error:
             tally.crashes += 1
             tally.found(f"{error} ({error.__cause__!r})")
@@ -48,5 +59,7 @@ def fuzz(count: int, seed: int) -> Tally:
         tally.messages += results.total()
         tally.parsed += results.total()
         tally.statuses += results
-        tally.hangs += longest_seconds > STUCK_SECONDS
+        if longest_seconds > STUCK_SECONDS:
+            tally.hangs += 1
+            tally.found(f"a file of seed {block_seed} took {longest_seconds:.0f} s")
     return tally

@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from fuzz.messages import NOT_UTF8
+LENGTH_DELIMITED: Final = 2
+"""The wire type of strings, bytes, messages and packed fields."""
 
-_NOT_UTF8: Final = b"\xff\xfe\xc0"
 _DEEP: Final = 300
 """Nested groups: more than a parser follows."""
 
-
-def encoded(message: bytes) -> bytes:
-    """Return a serialized message with bytes that are no UTF-8 where it was to have some."""
-    return message.replace(NOT_UTF8.encode(), _NOT_UTF8)
+_BYTES: Final = tuple(bytes([value]) for value in range(0x80))
 
 
 def damaged(message: bytes, other: bytes, dice: random.Random) -> bytes:
@@ -53,21 +50,24 @@ def _injure(body: bytearray, other: bytes, dice: random.Random) -> None:
 def _field(dice: random.Random) -> bytes:
     """Return a field of a number known or not, with a value that may not be its kind's, or not there."""
     kind = dice.randrange(8)
-    tag = _varint(dice.choice((0, 1, 2, 3, 5, 19_000, (1 << 29) - 1, 1 << 29)) << 3 | kind)
+    tag = varint(dice.choice((0, 1, 2, 3, 5, 19_000, (1 << 29) - 1, 1 << 29)) << 3 | kind)
     match kind:
         case 0:
-            return tag + dice.choice((_varint(dice.getrandbits(64)), b"\xff" * 10, b"\x80" * 9 + b"\x01", b"\xff" * 11))
+            return tag + dice.choice((varint(dice.getrandbits(64)), b"\xff" * 10, b"\x80" * 9 + b"\x01", b"\xff" * 11))
         case 1:
             return tag + dice.randbytes(8)
         case 2:
             length = dice.choice((0, 1, 5, 127, 1 << 20, (1 << 31) - 1, (1 << 32) - 1, (1 << 63) - 1))
-            return tag + _varint(length) + dice.randbytes(min(length, dice.randrange(8)))
+            return tag + varint(length) + dice.randbytes(min(length, dice.randrange(8)))
         case 5:
             return tag + dice.randbytes(4)
     return tag
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return a number from 0 on as the wire has it: seven bits a byte, the lowest first."""
+    if value < 0x80:
+        return _BYTES[value]
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

@@ -1,6 +1,7 @@
 """A process that fuzzes one target after another: names come in, a line each, tallies go out as JSON.
 
-``python -m fuzz.worker MESSAGES SEED``; with a third argument, the number of a session, only that one is run.
+``python -m fuzz.worker MESSAGES SEED``; with a third argument, the number of a session, only that one is run. An empty
+line has it send no more, and tell what it has so far.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import contextlib
 import gc
 import itertools
 import json
+import queue
 import shutil
 import sys
 import tempfile
-from collections import deque
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -25,56 +28,77 @@ from fuzz.invariants import broken
 from fuzz.messages import MODULES, SYSTEMS, Dice
 from fuzz.pulse import Pulse
 from fuzz.services import ways
-from fuzz.sessions import Session
+from fuzz.sessions import History, Session
 from fuzz.tally import Tally
-from fuzz.targets import Target, targets
+from fuzz.targets import Target, Where, targets
 from modpressure import aio, log
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 
 SESSIONS_AT_ONCE: Final = 24
-_FEW_AT_ONCE: Final = {"StatsService/ExportSystem": 2}
-"""Of what the service does for few at once, and refuses to all others."""
+_FEW_AT_ONCE: Final = {"StatsService/ExportSystem": 1}
+"""Of what the service does for few at once, and refuses to all others. An export that is left takes a moment to end,
+so the place beside the one that is in progress is not always free."""
 
-OVER_GRPC: Final = 16
+OVER_GRPC: Final = 64
 """Every so manieth session goes over gRPC, the others begin where that hands an RPC on."""
+
+_MESSAGES_PER_USE: Final = 1000
+"""Messages between two plain uses of the services."""
+
+_FIRST_USES: Final = 5
 
 _SHM: Final = "/dev/shm"
 _SHM_BYTES: Final = 1 << 30
-_PAUSE_SECONDS: Final = 0.2
-_KEPT_PAGE_TOKENS: Final = 20
-_SHOWN_BYTES: Final = 300
 
 
-async def fuzz(target: Target, messages: int, seed: int, only: int | None = None) -> Tally:
-    """Send ``messages`` in sessions of their own seeds; then look whether the services are as they must be."""
+async def fuzz(
+    target: Target, messages: int, seed: int, only: int | None = None, stopped: Callable[[], bool] = lambda: False
+) -> Tally:
+    """Send ``messages`` in sessions of their own seeds; then look whether the services are as they must be.
+
+    Of all sessions only the one numbered ``only``, if there is one; no further ones once it is ``stopped``.
+    """
     tally = Tally(target.name)
     numbers = itertools.count() if only is None else iter([only])
-    page_tokens: deque[str] = deque(maxlen=_KEPT_PAGE_TOKENS)
-    pulse = Pulse()
+    history, pulse, user = History(target), Pulse(), Dice(seed)
+    due = 0
 
-    async def sessions(way: Way) -> None:
+    async def use(to: dict[Where, Way]) -> None:
+        try:
+            with pulse.limited():
+                await _use(LoaderServiceStub(to["loader"].channel), user, tally)
+        except TimeoutError:
+            tally.hangs += 1
+            tally.found("a plain load or unload does not end")
+
+    async def sessions(to: dict[Where, Way]) -> None:
+        nonlocal due
         for number in numbers:
-            if tally.messages >= messages:
+            if tally.messages >= messages or stopped():
                 return
             dice = Dice(f"{seed} {target.name} {number}")
-            session = Session(target, way, dice, tally, page_tokens, over_grpc=number % OVER_GRPC == 0)
+            over_grpc = number % OVER_GRPC == 0
+            session = Session(target, to[target.where], dice, tally, history, pulse, over_grpc)
             await session.run()
             for finding in session.findings:
-                sent = ", ".join(message[:_SHOWN_BYTES].hex() or "-" for message in session.sent[-2:])
-                tally.found(f"{finding} (session {number}, of {len(session.sent)} messages the last: {sent})")
+                tally.found(f"{finding}, session {number}")
+            if tally.messages >= due:
+                due += _MESSAGES_PER_USE
+                await use(to)
+            # All of what it would have sent may have been sent before.
+            await asyncio.sleep(0)
 
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_in_memory()) as directory:
         async with ways(Path(directory)) as to:
-            # What is there by now stays: to look through it again and again would take a third of the time.
-            gc.freeze()
             with pulse.watched():
-                user = asyncio.ensure_future(_use(LoaderServiceStub(to["loader"].channel), Dice(seed), tally))
+                for _ in range(_FIRST_USES):
+                    await use(to)
+                # What is there by now stays: to look through it again and again would take a third of the time.
+                gc.freeze()
                 async with asyncio.TaskGroup() as group:
                     for _ in range(_FEW_AT_ONCE.get(target.name, SESSIONS_AT_ONCE) if only is None else 1):
-                        group.create_task(sessions(to[target.where]))
-                user.cancel()
-                await asyncio.gather(user, return_exceptions=True)
+                        group.create_task(sessions(to))
                 for sentence in await broken(to):
                     tally.wrong += 1
                     tally.found(sentence)
@@ -91,35 +115,45 @@ def _in_memory() -> str | None:
 
 
 async def _use(loader: LoaderServiceStub, dice: Dice, tally: Tally) -> None:
-    """Load and unload modules meanwhile, so that there are systems, events and duplicates to ask for."""
-    while True:
-        system, module = dice.choice(SYSTEMS), dice.choice(MODULES[:5])
-        try:
-            for _ in range(dice.choice((1, 2))):
-                await loader.LoadModule(pb.LoadModuleRequest(system=system, module=module), timeout=60)
-            if dice.random() < 0.8:
-                await loader.UnloadModule(pb.UnloadModuleRequest(system=system, module=module), timeout=60)
-        except grpc.aio.AioRpcError as error:
-            # The system may have been deleted meanwhile.
-            if (
-                error.code() is not grpc.StatusCode.FAILED_PRECONDITION
-                and error.code() is not grpc.StatusCode.NOT_FOUND
-            ):
-                tally.wrong += 1
-                tally.found(f"a plain load or unload ended with {error.code().name}: {error.details()}")
-        await asyncio.sleep(_PAUSE_SECONDS)
+    """Load and unload a module, so that there are systems, events and duplicates to ask for."""
+    system, module = dice.choice(SYSTEMS), dice.choice(MODULES[:5])
+    try:
+        for _ in range(dice.choice((1, 2))):
+            await loader.LoadModule(pb.LoadModuleRequest(system=system, module=module))
+        if dice.random() < 0.8:
+            await loader.UnloadModule(pb.UnloadModuleRequest(system=system, module=module))
+    except grpc.aio.AioRpcError as error:
+        # The system may not be there, or have been deleted meanwhile.
+        if error.code() is not grpc.StatusCode.FAILED_PRECONDITION and error.code() is not grpc.StatusCode.NOT_FOUND:
+            tally.wrong += 1
+            tally.found(f"a plain load or unload ended with {error.code().name}: {error.details()}")
+
+
+def _read(names: queue.SimpleQueue[str], stop: threading.Event) -> None:
+    """Hand on the names that come in, and an empty one at the end; note that no more is to be sent."""
+    for line in sys.stdin:
+        if name := line.strip():
+            names.put(name)
+        else:
+            stop.set()
+    names.put("")
 
 
 def main() -> None:
     """Do what comes in, until nothing does."""
     messages, seed = int(sys.argv[1]), int(sys.argv[2])
     only = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+    stop = threading.Event()
+    threading.Thread(target=_read, args=(names, stop), daemon=True).start()
     log.configure("error", "json")
     gc.set_threshold(20_000, 20, 20)
     known = {target.name: target for target in targets()}
-    for line in sys.stdin:
-        name = line.strip()
-        tally = files.fuzz(messages, seed) if name == files.NAME else aio.run(fuzz(known[name], messages, seed, only))
+    while name := names.get():
+        if name == files.NAME:
+            tally = files.fuzz(messages, seed, stop.is_set)
+        else:
+            tally = aio.run(fuzz(known[name], messages, seed, only, stop.is_set))
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(tally.to_json()), flush=True)
 
