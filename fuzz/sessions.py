@@ -101,12 +101,14 @@ class Session:
         """Return the next message: meant well, extreme, damaged or noise."""
         dice, kind = self.dice, self.target.request
         maker = Maker(dice, self.history.page_tokens)
-        # One that is refused ends a stream, and what comes after it would never be looked at.
-        rarely = 0.1 if self.target.client_streaming else 1.0
-        if dice.random() < 0.02 * rarely:
+        is_of_few = len(kind.fields) <= _FEW_FIELDS
+        # One that is refused ends a stream, and what comes after it would never be looked at. Of damaged ones with few
+        # fields most are no messages any more, and all these look the same to the service.
+        damages = 0.03 if self.target.client_streaming else 0.1 if is_of_few else 0.3
+        if dice.random() < damages / 15:
             return dice.randbytes(dice.choice((0, 1, 8, 64, 512)))
-        message = maker.message(kind, dice.choice(_WILD if len(kind.fields) > _FEW_FIELDS else _WILD_OF_FEW))
-        if dice.random() < 0.3 * rarely:
+        message = maker.message(kind, dice.choice(_WILD_OF_FEW if is_of_few else _WILD))
+        if dice.random() < damages:
             message = damaged(message, maker.message(kind, 0.1), dice)
         return message
 

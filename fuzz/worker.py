@@ -40,7 +40,7 @@ _FEW_AT_ONCE: Final = {"StatsService/ExportSystem": 1}
 """Of what the service does for few at once, and refuses to all others. An export that is left takes a moment to end,
 so the place beside the one that is in progress is not always free."""
 
-OVER_GRPC: Final = 64
+OVER_GRPC: Final = 128
 """Every so manieth session goes over gRPC, the others begin where that hands an RPC on."""
 
 _MESSAGES_PER_USE: Final = 1000
