@@ -160,6 +160,9 @@ class Costs:
     host_slice_ns: int = host.DEFAULT_SLICE_NS
     """What each of them has at least, however many there are."""
 
+    host_tick_ns: int = host.DEFAULT_TICK_NS
+    """How often the host looks whether a turn is over."""
+
     host_wake_ns: int = 0
     """How much less than one that runs a virtual CPU must have had to take its core when it wakes up."""
 
@@ -303,7 +306,7 @@ def _checked(name: str, value: Any) -> Any:
         raise BadRequest(f"{name} = {value!r} is not a{' whole' * (kind == 'int')} number", field=name)
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRequest(f"{name} = {value} is not a finite number", field=name)
-    least, most = int(name.endswith("slice_ns")), 1 if name == "jitter" else MAX_NS
+    least, most = int(name.endswith(("slice_ns", "tick_ns"))), 1 if name == "jitter" else MAX_NS
     if not least <= value <= most:
         raise BadRequest(f"{name} = {value} is out of bounds: {least} to {most}", field=name)
     return value

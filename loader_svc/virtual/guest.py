@@ -82,8 +82,12 @@ class GuestMachine(SpinningMachine):
             latency_ns=costs.host_latency_ns,
             slice_ns=costs.host_slice_ns,
             wake_ns=costs.host_wake_ns,
+            tick_ns=costs.host_tick_ns,
         )
         return Cpus(self.clock, cpus, costs.slice_ns, host=self._host)
+
+    def _pause(self) -> None:
+        self._host.pause()
 
     # --- flushes ---
 
@@ -103,6 +107,7 @@ class GuestMachine(SpinningMachine):
     ) -> Any:
         behind = [(thread, begun) for thread, begun in behind if thread.begun == begun]
         if behind:
+            self._pause()
             call._owed_ns += SPIN_NS
             return self._once_paid(call, partial(self._spin, behind, flushes, then))
         self.purge_mutex.free()

@@ -30,6 +30,9 @@ class SpinningMachine(VirtualMachine):
     def _mutex(self) -> SleepingMutex[VirtualCall]:
         return SleepingMutex(self._let_run, self._has_core)
 
+    def _pause(self) -> None:
+        """Be told that a call spins, on behalf of the task that runs now."""
+
     def _let_run(self, call: VirtualCall) -> None:
         assert call._task is not None
         self.cpus.enter(call._task, self.costs.wake_latency_ns)
@@ -85,6 +88,7 @@ class _Wait:
 
     def _spin(self, call: VirtualCall) -> Any:
         machine = self._machine
+        machine._pause()
         is_looking = self._mutex.spinners[0] is call or machine.cpus.queued
         call._owed_ns += SPIN_NS if is_looking else machine.costs.slice_ns
         return machine._once_paid(call, self._look_up)
@@ -133,5 +137,6 @@ class _Wait:
         if self._has_to_go() or not self._does_owner_run():
             self._mutex.sleep_again()
             return self._sleep(call)
+        self._machine._pause()
         call._owed_ns += SPIN_NS
         return self._machine._once_paid(call, self._retry)

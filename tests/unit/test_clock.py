@@ -85,7 +85,7 @@ def test_a_task_that_waits_leaves_its_cpu_to_another_one() -> None:
 
 def test_virtual_cpus_take_turns_at_the_cores_of_their_host() -> None:
     clock, log = Clock(), []
-    virtual = Cpus(clock, 2, slice_ns=1000, host=Host(clock, 1, latency_ns=20, slice_ns=1, wake_ns=0))
+    virtual = Cpus(clock, 2, slice_ns=1000, host=Host(clock, 1, latency_ns=20, slice_ns=1, wake_ns=0, tick_ns=1))
     virtual.enter(task(clock, log, "long", 25))
     virtual.enter(task(clock, log, "short", 5))
     clock.run()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loader_svc.virtual.clock import Clock
 from loader_svc.virtual.cpus import Cpus
-from loader_svc.virtual.host import Host, Thread
+from loader_svc.virtual.host import PAUSED_TURN_NS, Host, Thread
 
 MS = 1_000_000
 
@@ -16,9 +16,9 @@ MS = 1_000_000
 class Bench:
     """Threads that want a core for some time, and what became of them."""
 
-    def __init__(self, cores: int = 1) -> None:
+    def __init__(self, cores: int = 1, tick_ns: int = MS // 2) -> None:
         self.clock = Clock()
-        self.host = Host(self.clock, cores, latency_ns=12 * MS, slice_ns=3 * MS // 2, wake_ns=2 * MS)
+        self.host = Host(self.clock, cores, latency_ns=12 * MS, slice_ns=3 * MS // 2, wake_ns=2 * MS, tick_ns=tick_ns)
         self.begun: list[tuple[str, float]] = []
         self.done: list[tuple[str, float]] = []
 
@@ -36,6 +36,22 @@ class Bench:
                 return None
             self.begun.append((name, self.clock.now_ns / MS))
             return int(works.pop(0) * MS)
+
+        return Thread(on_core)
+
+    def spinner(self, name: str, works_ms: float) -> Thread:
+        """Return a thread that spins for as long, in looks of 0.2 ms, and says so."""
+        left_ns = int(works_ms * MS)
+
+        def on_core() -> int | None:
+            nonlocal left_ns
+            self.begun.append((name, self.clock.now_ns / MS))
+            if left_ns <= 0:
+                self.done.append((name, self.clock.now_ns / MS))
+                return None
+            self.host.pause()
+            left_ns -= PAUSED_TURN_NS
+            return PAUSED_TURN_NS
 
         return Thread(on_core)
 
@@ -58,6 +74,38 @@ def test_turns_do_not_get_shorter_than_the_slice() -> None:
         bench.wake(bench.thread(str(number), 1.5))
     bench.clock.run()
     assert [at for _, at in bench.done] == [1.5 * (number + 1) for number in range(20)]
+
+
+def test_a_turn_ends_at_a_tick() -> None:
+    bench = Bench(tick_ns=4 * MS)
+    for name in "abcdefghij":
+        bench.wake(bench.thread(name, 5))
+    bench.clock.run()
+    # Each would have 1.5 ms, and has the 4 ms up to the tick; then, in the same order, the 1 ms that it still wants.
+    # Who begins between two ticks has as much of its turn as there is until the tick that follows its 1.5 ms.
+    assert [at for _, at in bench.done] == [41, 42, 43, 44, 45, 46, 47, 48, 49, 50]
+
+
+def test_who_spins_makes_room_for_who_waits() -> None:
+    bench = Bench(tick_ns=4 * MS)
+    for number in range(4):
+        bench.wake(bench.spinner(f"spinner {number}", 1000))
+    worker = bench.thread("worker", 1)
+    bench.wake(worker)
+    bench.clock.run(100 * MS)
+    # All four have a look first; then it has its 1 ms at once, as its turn lasts until the next tick.
+    assert bench.done == [("worker", 1.8)]
+    looks = [name for name, _ in bench.begun if name != "worker"]
+    assert looks[:8] == [f"spinner {number}" for number in range(4)] * 2
+
+
+def test_who_spins_keeps_a_core_that_nobody_waits_for() -> None:
+    bench = Bench(tick_ns=4 * MS)
+    spinner = bench.spinner("spinner", 10)
+    bench.wake(spinner)
+    bench.clock.run()
+    assert bench.done == [("spinner", 10)]
+    assert spinner.begun == 1
 
 
 def test_who_slept_gets_a_core_at_once_among_any_number_that_spin() -> None:
@@ -104,7 +152,7 @@ def test_what_spins_looks_up_as_soon_as_it_is_told_to() -> None:
 
 def test_a_virtual_cpu_that_is_cut_short_owes_nothing_more() -> None:
     clock = Clock()
-    host = Host(clock, 1, latency_ns=12 * MS, slice_ns=MS, wake_ns=MS)
+    host = Host(clock, 1, latency_ns=12 * MS, slice_ns=MS, wake_ns=MS, tick_ns=MS)
     cpus = Cpus(clock, 2, slice_ns=50 * MS, host=host)
     seen: list[int] = []
 

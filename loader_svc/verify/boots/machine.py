@@ -23,9 +23,10 @@ HOST_CPUS: Final = 2
 HOST_LATENCY_NS: Final = 12_000_000
 HOST_SLICE_NS: Final = 1_500_000
 HOST_WAKE_NS: Final = 2_000_000
+HOST_TICK_NS: Final = 4_000_000
 """How a core of the host is shared: 6, 0.75 and 1 ms, doubled for two cores (``sched_latency``,
 ``sched_min_granularity``, ``sched_wakeup_granularity``, kernel/sched/fair.c up to Linux 6.5). The host has the QEMU of
-Debian 12, which has Linux 6.1."""
+Debian 12, which has Linux 6.1, with CONFIG_HZ=250."""
 
 TICK_NS: Final = 1_000_000
 """A tick of the guest (CONFIG_HZ=1000 in its config-boot): tasks are preempted at ticks."""
@@ -92,6 +93,7 @@ def recorded_spec(
             slice_ns=slice_ns(setting.cpus),
             host_latency_ns=HOST_LATENCY_NS,
             host_slice_ns=HOST_SLICE_NS,
+            host_tick_ns=HOST_TICK_NS,
             host_wake_ns=HOST_WAKE_NS,
         ),
     )
