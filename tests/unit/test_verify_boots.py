@@ -295,6 +295,15 @@ def test_each_figure_is_held_against_its_own_bound() -> None:
         assert differing(recorded, **{**right, name: right[name] + 1}) == [what]
 
 
+def test_workers_are_exact_where_udev_has_all_that_it_may_and_a_race_where_it_has_fewer() -> None:
+    everything = boot(cpus=32, workers=32)
+    assert everything.setting.memory_bytes == 4 << 30, "so memory limits them to 32"
+    assert differing(everything, workers=31) == ["workers"]
+    fewer = boot(cpus=8, workers=30)
+    assert differing(fewer, workers=25) == []
+    assert differing(fewer, workers=23) == ["workers"]
+
+
 def test_calls_that_share_a_result_may_leave_two_duplicates_but_not_those_of_init_module() -> None:
     assert differing(boot(variant="A"), becoming=2) == []
     assert differing(boot(variant="A"), becoming=3) == ["duplicates"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Final
 
+from loader_svc.boot.userland import children_max
 from loader_svc.sweep.finished import Finished
 from loader_svc.sweep.side_by_side import Row, Table, number_text, spread_text
 from loader_svc.sweep.summary import Fit, Spread
@@ -54,7 +55,7 @@ def compared(setting: Setting, boots: Sequence[RecordedBoot], done: Sequence[Fin
     rows = [
         *_duplicates(setting, figures),
         *_peak(setting, figures),
-        figures.exact("workers", "workers", lambda each: each.workers),
+        _workers(setting, figures),
         figures.exact("modules loaded", "modcount", lambda each: each.modules),
         figures.exact("total module size", "total_mod_size", lambda each: each.total_mod_size),
         figures.exact("total text size", "total_text_size", lambda each: each.total_text_size),
@@ -130,6 +131,18 @@ def _duplicates(setting: Setting, figures: _Figures) -> list[Row]:
         figures.near("duplicates at load", "failed_load_modules", lambda each: each.load, calls=True),
         figures.near("wasted bytes", "wasted_bytes", lambda each: each.wasted_bytes, calls=False),
     ]
+
+
+def _workers(setting: Setting, figures: _Figures) -> Row:
+    """Hold workers against each other: as many as udev may have are no race, fewer are one between forks and work."""
+
+    def workers(each: Finished) -> int:
+        return each.workers
+
+    most = children_max(setting.cpus, setting.memory_bytes)
+    if all(boot.figures["workers"] == most for boot in figures.boots):
+        return figures.exact("workers", "workers", workers)
+    return figures.near("workers", "workers", workers, calls=False)
 
 
 def _peak(setting: Setting, figures: _Figures) -> list[Row]:
