@@ -169,7 +169,7 @@ class GuestMachine(SpinningMachine):
             return self._once_paid(call, self._look_last)
         if call._is_signalled:
             return self._leave(call, _INTERRUPTED)
-        self._sleepers[call] = None
+        self._queue.add(call)
         call._then = self._wait_on
         return _ASLEEP
 
@@ -186,15 +186,6 @@ class GuestMachine(SpinningMachine):
         call._waits += 1
         call.wait_ns += self.clock.now_ns - call._slept_ns
         return answer
-
-    def _wake_sleepers(self) -> int:
-        sleepers, self._sleepers = self._sleepers, {}
-        delay_ns, wake_ns = self.costs.wake_latency_ns, self.costs.wake_ns
-        for call in sleepers:
-            delay_ns += wake_ns
-            assert call._task is not None
-            self.cpus.enter(call._task, delay_ns)
-        return wake_ns * len(sleepers)
 
     # --- a load, from its link to its end ---
 

@@ -50,6 +50,7 @@ from loader_svc.virtual.finite_memory import FiniteMemory
 from loader_svc.virtual.locks import Lock
 from loader_svc.virtual.page_cache import PageCache
 from loader_svc.virtual.route import Node
+from loader_svc.virtual.wait_queue import ForeseeingQueue, WaitQueue
 from modpressure.kernel.counters import Counters, FailedModule
 from modpressure.kernel.gate import Gate
 from modpressure.kernel.identity import ANY, KernelIdentity
@@ -89,7 +90,6 @@ class VirtualMachine:
         "_carry_outs",
         "_flush_cpus",
         "_init_results",
-        "_is_costly",
         "_known",
         "_known_kinds",
         "_least",
@@ -97,8 +97,8 @@ class VirtualMachine:
         "_loadables",
         "_plans",
         "_probed_at_ns",
+        "_queue",
         "_random",
-        "_sleepers",
         "_spread",
         "areas",
         "calls_in_flight",
@@ -154,8 +154,8 @@ class VirtualMachine:
         """Is told each call that has ended, in the order of their ends."""
         self.list_lock = Lock()
         """The mutex of the modules list (``module_mutex``)."""
-        self._sleepers: dict[VirtualCall, None] = {}
-        """Who waits for any name, in the order in which they came: ``module_wq``."""
+        self._queue = self._make_queue()
+        """Who waits for any name."""
         self._init_results = init_results or InitResults()
         self._plans = plans or Plans(IMAGE_LIMIT_BYTES, identity)
         self._loadables: dict[tuple[VirtualFile, CallSpec], Loadable] = {}
@@ -166,8 +166,6 @@ class VirtualMachine:
         """When all that init functions left to be done asynchronously will be done."""
         self._least = 1 - costs.jitter
         self._spread = 2 * costs.jitter
-        self._is_costly = bool(costs.list_lock_ns)
-        """Whether whatever a call does once it has looked into the list takes time."""
         self._carry_outs: dict[type, tuple[Callable[[VirtualCall], Any], bool]] = {
             EnterGate: (self._enter_gate, True),
             CheckName: (self._check_name, True),
@@ -200,6 +198,19 @@ class VirtualMachine:
 
     def _make_cpus(self, cpus: int | None) -> Cpus:
         return Cpus(self.clock, cpus, self.costs.slice_ns, is_patient=True)
+
+    def _make_queue(self) -> WaitQueue:
+        if not self.costs.list_lock_ns:
+            # Who finds what it waited for may come to its end without spending anything.
+            return WaitQueue(self.cpus, self.costs)
+        return ForeseeingQueue(
+            self.cpus,
+            self.costs,
+            self.clock,
+            look=self.modules.look_again,
+            look_in_vain=lambda calls: self.list_lock.take(self.clock.now_ns, self._list_ns * calls),
+            advance=self.advance,
+        )
 
     # --- what can be asked of it ---
 
@@ -270,13 +281,13 @@ class VirtualMachine:
         self.links.drop(name)
         self.modules.remove(name)
         self._time_looks()
-        self._wake_sleepers()
+        self._queue.wake()
         self.counts.add_unload()
 
     @property
     def waiting(self) -> int:
         """How many calls wait: for a name, in the gate, or for a module that they need."""
-        return len(self._sleepers) + self.gate.waiting + self.links.waiting
+        return len(self._queue) + self.gate.waiting + self.links.waiting
 
     def find(self, name: str) -> Exporter | None:
         """Return which module in the list exports a symbol, or None: this machine's Exporters."""
@@ -415,8 +426,7 @@ class VirtualMachine:
             if self.gate.interrupt(call):
                 self._resume(call, _INTERRUPTED)
         elif call._wait == "list":
-            if call in self._sleepers:
-                del self._sleepers[call]
+            if self._queue.discard(call):
                 call._then = None
                 self._resume(call, _INTERRUPTED)
             else:
@@ -472,7 +482,7 @@ class VirtualMachine:
         return answer
 
     def _sleep_for_name(self, call: VirtualCall) -> _Later:
-        self._sleepers[call] = None
+        self._queue.add(call)
         call._then = self._look_again
         call._wait = "list"
         call._slept_ns = self.clock.now_ns
@@ -483,7 +493,7 @@ class VirtualMachine:
         answer = self.modules.look_again(call.loadable.module)
         if answer is None:
             if not call._is_signalled:
-                self._sleepers[call] = None
+                self._queue.add(call)
                 call._then = self._look_again
                 return _ASLEEP
             answer = _INTERRUPTED
@@ -495,64 +505,6 @@ class VirtualMachine:
         call._wait = ""
         call._waits += 1
         call.wait_ns += self.clock.now_ns + delay_ns - call._slept_ns
-
-    def _wake_sleepers(self) -> int:
-        """Wake all who wait for any name, one after the other; return how long that takes, in ns."""
-        sleepers = self._sleepers
-        if not sleepers:
-            return 0
-        look_again, cpus = self.modules.look_again, self.cpus
-        idle = cpus.idle if self._is_costly else 0
-        wake_ns = self.costs.wake_ns
-        delay_ns = self.costs.wake_latency_ns
-        again: dict[VirtualCall, None] = {}
-        self._sleepers = again
-        names: dict[str, None] = {}
-        for call in sleepers:
-            delay_ns += wake_ns
-            if not idle:
-                assert call._task is not None
-                cpus.enter(call._task, delay_ns)
-                continue
-            name = call.loadable.module
-            answer = look_again(name)
-            if answer is None:
-                again[call] = None
-                names[name] = None
-            else:
-                idle -= 1
-                self._let_go(call, answer, delay_ns)
-        if again:
-            # Each of these takes a CPU that is idle, looks, and sleeps again: all that others notice is the mutex.
-            self.list_lock.take(self.clock.now_ns, self._list_ns * len(again))
-            for name in names:
-                self.clock.send(self.clock.now_ns + delay_ns, self._look_for_all, name)
-        return wake_ns * len(sleepers)
-
-    def _let_go(self, call: VirtualCall, answer: Answer, delay_ns: int) -> None:
-        """Have a call go on, on an idle CPU, that has been woken and finds what it waited for.
-
-        Nothing that happens until it runs changes what it finds, so that it wakes up need not be an event of its own.
-        """
-        call._then = None
-        call._answer = answer
-        self._lock_list(call)
-        self._note_wait(call, delay_ns)
-        spent_ns = self.advance(call)
-        assert spent_ns
-        assert call._task is not None
-        self.cpus.occupy(call._task, delay_ns + spent_ns)
-
-    def _look_for_all(self, name: str) -> None:
-        """Look once more for those who were woken for nothing: what they wait for may have come meanwhile."""
-        answer = self.modules.look_again(name)
-        if answer is None:
-            return
-        for call in [call for call in self._sleepers if call.loadable.module == name]:
-            if not self.cpus.idle:
-                return
-            del self._sleepers[call]
-            self._let_go(call, answer, 0)
 
     # --- steps with files and memory ---
 
@@ -702,7 +654,7 @@ class VirtualMachine:
 
     def _wake_others(self, call: VirtualCall) -> Any:
         self.counts.add(call)
-        call._owed_ns += self._wake_sleepers()
+        call._owed_ns += self._queue.wake()
         delay_ns = self.costs.wake_latency_ns
         for waiting in self.links.wake(call.loadable.module):
             delay_ns += self.costs.wake_ns
