@@ -18,6 +18,7 @@ from loader_svc.trees import LoadStep, ModuleTree
 from loader_svc.trees.names import checked_name
 from modpressure.errors import Unavailable
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Syscall
+from modpressure.shares import PERMIT
 from modpressure.v1 import call_pb2, loader_service_pb2
 from modpressure.v1 import ledger_service_pb2 as ledger
 
@@ -194,8 +195,10 @@ class Loader:
     # --- tasks that outlive their clients ---
 
     def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start ``work``, whose end a stop of the loader waits for."""
+        """Start ``work``, whose end a stop of the loader waits for, and until when its request keeps its place."""
         task = asyncio.create_task(work)
+        if (permit := PERMIT.get()) is not None:
+            permit.keep_for(task)
         self._tasks.add(task)
         task.add_done_callback(self._end)
         return task

@@ -16,7 +16,7 @@ from loader_svc.storm import MAX_WORKERS_AT_ONCE, Storm
 from modpressure.errors import BadRequest, Overloaded
 from modpressure.fair import FLOW
 from modpressure.grpc_errors import status_of, translate_errors
-from modpressure.shares import Places, Shares
+from modpressure.shares import PERMIT, Permit, Places, Shares
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceServicer
 
@@ -164,14 +164,15 @@ class _ManyRequests:
     """The requests of one stream: carried out side by side, answered as they end."""
 
     def __init__(self, loader: Loader, places: Places, client: str) -> None:
-        """Each request takes one of the ``client``'s ``places``, until it is answered."""
+        """Each request takes one of the ``client``'s ``places``, until it is answered and its call has ended."""
         self._loader = loader
         self._places = places
         self._client = client
-        self._held = 0
-        self._ended = False
+        self._permits: set[Permit] = set()
+        """Of requests whose answers are not sent."""
+
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answers: list[pb.ModuleResponse] = []
+        self._answers: list[tuple[pb.ModuleResponse, Permit]] = []
         self._news = asyncio.Event()
         self._room = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
 
@@ -181,8 +182,10 @@ class _ManyRequests:
             for request in message.requests:
                 await self._room.acquire()
                 await self._places.take(self._client)
-                self._held += 1
-                task = asyncio.ensure_future(self._carry_out(request))
+                permit = Permit(functools.partial(self._places.give, self._client))
+                self._permits.add(permit)
+                task = asyncio.ensure_future(self._carry_out(request, permit))
+                permit.keep_for(task)
                 self._tasks.add(task)
                 task.add_done_callback(self._done)
         self._news.set()
@@ -190,14 +193,9 @@ class _ManyRequests:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._news.set()
-        if self._ended:
-            self._give(1)
 
-    def _give(self, number: int) -> None:
-        self._held -= number
-        self._places.give(self._client, number)
-
-    async def _carry_out(self, request: pb.ModuleRequest) -> None:
+    async def _carry_out(self, request: pb.ModuleRequest, permit: Permit) -> None:
+        PERMIT.set(permit)
         tag = request.tag
         try:
             match request.WhichOneof("kind"):
@@ -210,7 +208,7 @@ class _ManyRequests:
         except Exception as error:
             status = status_of(error)
             answer = pb.ModuleResponse(tag=tag, error=pb.RequestError(code=status.code, message=status.message))
-        self._answers.append(answer)
+        self._answers.append((answer, permit))
 
     async def answers(self, reader: asyncio.Future[None]) -> AsyncIterator[list[pb.ModuleResponse]]:
         """Yield answers, as many at a time as there are, until the reader is done and every request is answered."""
@@ -220,17 +218,18 @@ class _ManyRequests:
             self._news.clear()
             answers, self._answers = self._answers, []
             if answers:
-                yield answers
+                yield [answer for answer, _ in answers]
                 # Not before they are sent: who reads none would have us keep them all.
-                for _ in answers:
+                for _, permit in answers:
                     self._room.release()
-                self._give(len(answers))
+                    self._permits.discard(permit)
+                    permit.release()
             if reader.done() and not self._tasks and not self._answers:
                 return
 
     def end(self) -> None:
         """Send each call a signal if the client is gone; a place that a call has comes back when that ends."""
-        self._ended = True
         for task in self._tasks:
             task.cancel()
-        self._give(self._held - len(self._tasks))
+        for permit in self._permits:
+            permit.release()

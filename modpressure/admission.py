@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import itertools
 import time
@@ -26,7 +27,7 @@ from modpressure.fair import FLOW, Flow
 from modpressure.grpc_errors import abort_with
 from modpressure.limits import Limits
 from modpressure.log import about
-from modpressure.shares import Rate, Shares
+from modpressure.shares import PERMIT, Permit, Rate, Shares
 
 _PROBE: Final = "/grpc.health.v1.Health/Check"
 """Never refused for want of places: who asks whether a service is well must hear it under load, too."""
@@ -141,8 +142,8 @@ class Admission(grpc.aio.ServerInterceptor):
             _log.warning("client refused", rpc=method, sentence=error.sentence, refusals=client.refusals)
             client.last_logged, client.refusals = now, 0
 
-    async def _enter(self, method: str, context: Any, *, streams: bool) -> _Client:
-        """Let an RPC in and return whose it is, or abort it. What is let in has to leave."""
+    async def _enter(self, method: str, context: Any, *, streams: bool) -> tuple[_Client, Permit]:
+        """Let an RPC in and return whose it is, or abort it. What is let in has to release its permit."""
         name = FLOW.get().client or self._named(context)
         FLOW.set(Flow(name, next(self._numbers) if streams else 0))
         about(rpc=method, client=name)
@@ -154,7 +155,9 @@ class Admission(grpc.aio.ServerInterceptor):
             await abort_with(context, method, error, logged=True)
         if method == _PROBE:
             context.set_trailing_metadata(((TIME_HEADER, f"{time.time():.3f}"),))
-        return client
+        permit = Permit(functools.partial(self._leave, method, client))
+        PERMIT.set(permit)
+        return client, permit
 
     def _named(self, context: Any) -> str:
         """Return the client of an RPC without a token."""
@@ -222,16 +225,16 @@ class Admission(grpc.aio.ServerInterceptor):
         streams = handler.request_streaming or handler.response_streaming
 
         async def answered(requests: AsyncIterator[Any], context: Any) -> Any:
-            client = await self._enter(method, context, streams=streams)
+            client, permit = await self._enter(method, context, streams=streams)
             try:
                 if handler.request_streaming:
                     return await inner(self._paced(requests, client), context)
                 return await inner(await self._request(method, context), context)
             finally:
-                self._leave(method, client)
+                permit.release()
 
         async def streamed(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            client = await self._enter(method, context, streams=streams)
+            client, permit = await self._enter(method, context, streams=streams)
             try:
                 if handler.request_streaming:
                     responses = inner(self._paced(requests, client), context)
@@ -241,7 +244,7 @@ class Admission(grpc.aio.ServerInterceptor):
                     async for response in responses:
                         yield response
             finally:
-                self._leave(method, client)
+                permit.release()
 
         behavior = streamed if inspect.isasyncgenfunction(inner) else answered
         make = grpc.stream_stream_rpc_method_handler

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Final
 
 from modpressure.errors import Overloaded
 
@@ -95,6 +98,36 @@ class Places:
             turns.remove(turn)
             if not turns:
                 del self._waiting[holder]
+
+
+class Permit:
+    """What a request has taken, kept for as long as it or anything that was begun for it goes on.
+
+    A client that goes away ends its request, but not all that this has begun: who opens and cancels requests again and
+    again must not have more going on than who waits for them.
+    """
+
+    __slots__ = ("_give", "_users")
+
+    def __init__(self, give: Callable[[], None]) -> None:
+        """``give`` gives back what was taken. The request itself is the first to use it."""
+        self._give = give
+        self._users = 1
+
+    def keep_for(self, task: asyncio.Future[Any]) -> None:
+        """Keep it until ``task`` has ended, too."""
+        self._users += 1
+        task.add_done_callback(self.release)
+
+    def release(self, _: object = None) -> None:
+        """Use it no longer; the last one to do so gives back what was taken."""
+        self._users -= 1
+        if not self._users:
+            self._give()
+
+
+PERMIT: Final[ContextVar[Permit | None]] = ContextVar("permit", default=None)
+"""In the task of a request and in those that it starts."""
 
 
 class Rate:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from loader_svc.loader import Loader
 from modpressure.errors import (
     AlreadyExists,
     BadRequest,
@@ -31,7 +33,13 @@ from modpressure.errors import (
 )
 from modpressure.grpc_errors import INTERNAL_SENTENCE, status_code_of, translate_errors
 from modpressure.grpc_server import CannotListen, GrpcServer, split_address
-from modpressure.v1 import ledger_service_pb2, loader_service_pb2, stats_service_pb2, stats_service_pb2_grpc
+from modpressure.limits import Limits
+from modpressure.v1 import (
+    ledger_service_pb2,
+    loader_service_pb2,
+    stats_service_pb2,
+    stats_service_pb2_grpc,
+)
 from tests.services import Process
 
 SERVICE = "modpressure.v1.StatsService"
@@ -138,6 +146,43 @@ async def test_what_nobody_foresaw_tells_nothing_on_the_wire(
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INTERNAL, INTERNAL_SENTENCE)
     logged = capsys.readouterr()
     assert "secret /path" in logged.out + logged.err
+
+
+def machine_of(**parts: Any) -> Any:
+    """Return as much of a loader's machine as a test needs."""
+    return SimpleNamespace(plans=SimpleNamespace(identity=SimpleNamespace(decompressors=())), **parts)
+
+
+async def test_an_rpc_that_was_cut_keeps_its_place_until_what_it_has_begun_ends() -> None:
+    begun, gone, goes_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    loader = Loader(machine_of(), None, kmod=34)  # type: ignore[arg-type]
+
+    async def work() -> None:
+        begun.set()
+        await goes_on.wait()
+
+    class Slow(stats_service_pb2_grpc.StatsServiceServicer):
+        async def GetStats(self, request: Any, context: Any) -> Any:
+            async with translate_errors(context, "Stats.GetStats"):
+                if not request.system:
+                    return stats_service_pb2.GetStatsResponse()
+                await loader.answer(work(), on_cancel=gone.set)
+
+    server = serve(Slow(), limits=Limits(rpcs=2))
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = stats_service_pb2_grpc.StatsServiceStub(channel)
+        call = stub.GetStats(stats_service_pb2.GetStatsRequest(system="slow"))
+        await begun.wait()
+        call.cancel()
+        await gone.wait()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.GetStats(stats_service_pb2.GetStatsRequest())
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        goes_on.set()
+        await loader.drain()
+        await stub.GetStats(stats_service_pb2.GetStatsRequest())
+    await server.stop()
 
 
 async def test_success_and_the_blocks_own_abort_pass_through(raising: tuple[Raising, Any]) -> None:

@@ -484,3 +484,53 @@ async def test_streams_of_many_requests_leave_room_for_other_clients(
             answers += [answer.load.call.errno or answer.error.message for answer in found]
         assert set(answers) <= {"", "EEXIST", "EBUSY"}
     await hand.close()
+
+
+async def test_a_request_of_a_cut_stream_keeps_its_place_until_its_call_ends(
+    stats: Process, launch: Launch, tmp_path: Path, hand: Hand, system: str
+) -> None:
+    made = {name: new_token() for name in ("cutter", "other")}
+    file = tmp_path / "tokens.toml"
+    file.write_text("".join(entry(token, name, [Role.LOAD], ["*"]) for name, token in made.items()))
+    # Of two places, of RPCs as of requests, one client may have one, and nobody the other one meanwhile.
+    limits = ("--rpc-limit", "2", "--request-limit", "2", "--tokens", str(file))
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address, *limits)
+    await hand.reserve(2, "minix")
+
+    async def loads(channel: Any, module: str, request_id: str = "") -> Any:
+        stream: Any = LoaderServiceStub(channel).LoadModules()
+        load = loader_pb.LoadModuleRequest(system=system, module=module, request_id=request_id)
+        await stream.write(loader_pb.LoadModulesRequest(requests=[loader_pb.ModuleRequest(load=load)]))
+        return stream
+
+    async with (
+        open_channel(loader.address, None, token=made["cutter"]) as cutting,
+        open_channel(loader.address, None, token=made["other"]) as loading,
+    ):
+
+        async def refusal() -> str:
+            """Load as the other client; return what it is told, empty if it is served."""
+            stream = await loads(loading, "bfs")
+            try:
+                await stream.read()
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                return error.details() or ""
+            finally:
+                stream.cancel()
+            return ""
+
+        # One with an id is not interrupted when its client goes.
+        cut = await loads(cutting, "minix", "goes on")
+        async with stub_at(stats.address) as stub, asyncio.timeout(WAIT_SECONDS):
+            while (await stub.GetStats(pb.GetStatsRequest(system=system))).stats.waiting_calls != 1:
+                await asyncio.sleep(0.02)
+        cut.cancel()
+        async with asyncio.timeout(WAIT_SECONDS):
+            # The stream's own place comes back when the loader has heard of the cut.
+            while "RPCs in progress" in (told := await refusal()):
+                await asyncio.sleep(0.02)
+            assert "no place left for token other" in told
+            await hand.give_up(2, "minix")
+            while await refusal():
+                await asyncio.sleep(0.02)
