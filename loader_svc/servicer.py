@@ -206,7 +206,7 @@ class _ManyRequests:
                 case _:
                     raise BadRequest(f"request {tag} asks for nothing", field="requests")
         except Exception as error:
-            status = status_of(error)
+            status = status_of(error, "Loader.LoadModules")
             answer = pb.ModuleResponse(tag=tag, error=pb.RequestError(code=status.code, message=status.message))
         self._answers.append((answer, permit))
 

@@ -21,6 +21,7 @@ from loader_svc.live import LiveCall, Request
 from loader_svc.loader import Load, Loader
 from loader_svc.steps import CallSpec
 from modpressure.errors import BadRequest, ModpressureError, NotNow
+from modpressure.grpc_errors import status_of
 from modpressure.kernel.counters import Counters
 from modpressure.v1 import call_pb2, loader_service_pb2
 from modpressure.v1.loader_service_pb2 import Storm as StormMessage
@@ -208,9 +209,10 @@ class Storm:
         for worker in workers:
             if not worker.done():
                 # What becomes of its call is not summed up.
-                self._add_error(self._why_unended(is_away=away.done()))
+                self._add_error(str(self._why_unended(is_away=away.done())))
             elif (error := worker.exception()) is not None:
-                self._add_error(error)
+                # One that a worker does not foresee.
+                self._add_error(status_of(error, "Loader.RunStorm").message)
         return self._summary(loader.machine.meter.end_peak(peak))
 
     def _why_unended(self, *, is_away: bool) -> ModpressureError:
@@ -247,7 +249,7 @@ class Storm:
                 if plan.once or (plan.operations and done >= plan.operations):
                     return
         except ModpressureError as error:
-            self._add_error(error)
+            self._add_error(str(error))
         finally:
             self._active_workers -= 1
 
@@ -260,9 +262,9 @@ class Storm:
             raise self._loader.stopping()
         return False
 
-    def _add_error(self, error: BaseException) -> None:
+    def _add_error(self, sentence: str) -> None:
         self._errors += 1
-        self._first_error = self._first_error or str(error)
+        self._first_error = self._first_error or sentence
 
     async def _load_and_unload(self, spec: CallSpec, file: File, worker: str, copy: int, policy: int) -> bool:
         """Load until it succeeds (mode once: once), then unload; return whether the worker is to go on."""

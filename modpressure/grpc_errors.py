@@ -67,13 +67,15 @@ def status_code_of(error: BaseException) -> Any:
     return grpc.StatusCode.INTERNAL
 
 
-def status_of(error: BaseException) -> status_pb2.Status:
+def status_of(error: BaseException, rpc_name: str) -> status_pb2.Status:
     """Return the whole ``google.rpc.Status`` of ``error``: code, sentence, details.
 
-    Only a ``ModpressureError`` that has a code of its own speaks on the wire; of anything else nothing is told.
+    Only a ``ModpressureError`` that has a code of its own speaks on the wire; of anything else nothing is told, and its
+    traceback is logged with ``rpc_name``: the sentence that the client gets instead says so.
     """
     code = status_code_of(error)
     if code is grpc.StatusCode.INTERNAL or not isinstance(error, ModpressureError):
+        _log.error("rpc failed", rpc=rpc_name, code=grpc.StatusCode.INTERNAL.name, exc_info=error)
         return status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=INTERNAL_SENTENCE)
     sentence = _short(error.sentence)
     info = error_details_pb2.ErrorInfo(reason=code.name, domain=ERROR_DOMAIN)
@@ -108,14 +110,10 @@ def _short(sentence: str) -> str:
 async def abort_with(context: Any, rpc_name: str, error: Exception, *, logged: bool = False) -> NoReturn:
     """End the RPC of ``context`` with the status of ``error``, and log it in one line unless it is ``logged`` already.
 
-    Its traceback, if any matters, goes to the log alone. CancelledError if its client has left meanwhile.
+    CancelledError if its client has left meanwhile.
     """
-    status = status_of(error)
-    if logged:
-        pass
-    elif status.code == grpc.StatusCode.INTERNAL.value[0]:
-        _log.error("rpc failed", rpc=rpc_name, code=grpc.StatusCode.INTERNAL.name, exc_info=error)
-    else:
+    status = status_of(error, rpc_name)
+    if not logged and status.code != grpc.StatusCode.INTERNAL.value[0]:
         _log.info("rpc failed", rpc=rpc_name, code=status_code_of(error).name, sentence=status.message)
     try:
         await context.abort_with_status(rpc_status.to_status(status))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from loader_svc.loader import Loader
+from loader_svc.memory import Meter
+from loader_svc.servicer import LoaderServicer
 from modpressure.errors import (
     AlreadyExists,
     BadRequest,
@@ -37,6 +40,7 @@ from modpressure.limits import Limits
 from modpressure.v1 import (
     ledger_service_pb2,
     loader_service_pb2,
+    loader_service_pb2_grpc,
     stats_service_pb2,
     stats_service_pb2_grpc,
 )
@@ -151,6 +155,60 @@ async def test_what_nobody_foresaw_tells_nothing_on_the_wire(
 def machine_of(**parts: Any) -> Any:
     """Return as much of a loader's machine as a test needs."""
     return SimpleNamespace(plans=SimpleNamespace(identity=SimpleNamespace(decompressors=())), **parts)
+
+
+async def test_what_nobody_foresaw_is_logged_whether_it_ends_an_rpc_or_a_part_of_a_stream(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Broken(Loader):
+        async def load(self, request: Any) -> Any:
+            raise ValueError(f"secret of {request.module}")
+
+        async def policy(self, system: str, asked: int) -> int:
+            return asked
+
+        def spec(self, name: str, **options: Any) -> Any:
+            raise ValueError(f"secret of {name}")
+
+    async def stands() -> None:
+        pass
+
+    ledger = SimpleNamespace(require=stands, wait_away=asyncio.Event().wait)
+    tree: Any = SimpleNamespace(module=lambda name: SimpleNamespace(name=name))
+    broken = Broken(machine_of(ledger=ledger, loader="broken", meter=Meter()), tree, kmod=34)
+    server = GrpcServer("127.0.0.1:0", grace_seconds=5)
+    server.add(
+        LoaderServicer(broken, 16),
+        loader_service_pb2_grpc.add_LoaderServiceServicer_to_server,
+        "modpressure.v1.LoaderService",
+    )
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = loader_service_pb2_grpc.LoaderServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.LoadModule(loader_service_pb2.LoadModuleRequest(module="unary"))
+        requests = [
+            loader_service_pb2.ModuleRequest(load=loader_service_pb2.LoadModuleRequest(module="streamed")),
+            loader_service_pb2.ModuleRequest(tag=1),
+        ]
+        stream = stub.LoadModules(iter([loader_service_pb2.LoadModulesRequest(requests=requests)]))
+        told = {answer.tag: answer.error async for message in stream for answer in message.responses}
+        once = loader_service_pb2.Storm.MODE_ONCE
+        storm = loader_service_pb2.Storm(modules=["stormed"], workers=1, mode=once, keep_loaded=True)
+        storming = stub.RunStorm(iter([loader_service_pb2.RunStormRequest(storm=storm)]))
+        [summary] = [message.summary async for message in storming if message.HasField("summary")]
+    await server.stop()
+    internal = grpc.StatusCode.INTERNAL
+    assert (caught.value.code(), caught.value.details()) == (internal, INTERNAL_SENTENCE)
+    assert (told[0].code, told[0].message) == (internal.value[0], INTERNAL_SENTENCE)
+    assert "asks for nothing" in told[1].message
+    assert (summary.errors, summary.first_error) == (1, INTERNAL_SENTENCE)
+    logged = capsys.readouterr()
+    for rpc, module in (("LoadModule", "unary"), ("LoadModules", "streamed"), ("RunStorm", "stormed")):
+        assert f"ValueError: secret of {module}\n" in logged.out + logged.err
+        assert re.search(rf"rpc failed .*code\W.*INTERNAL.*rpc\W.*Loader\.{rpc}\b", logged.out + logged.err), rpc
+    # What was foreseen is no news: a stream may have thousands of them.
+    assert "asks for nothing" not in logged.out + logged.err
 
 
 async def test_an_rpc_that_was_cut_keeps_its_place_until_what_it_has_begun_ends() -> None:
