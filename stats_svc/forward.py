@@ -243,8 +243,9 @@ class Forwarder(grpc.aio.ServerInterceptor):
             return reading.result()
         finally:
             stopping.cancel()
-            if not reading.done():
-                reading.cancel()
+            reading.cancel()
+            # A read may fail at the moment at which it is left: nobody else looks at that, and asyncio would log it.
+            await asyncio.gather(reading, stopping, return_exceptions=True)
 
     async def close(self) -> None:
         """Hang up."""
