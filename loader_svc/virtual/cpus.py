@@ -251,15 +251,21 @@ class Cpus:
         spent_ns = cpu.spending_ns
         cpu.owed_ns -= spent_ns
         cpu.left_ns -= spent_ns
+        thread = cpu.thread
         if cpu.left_ns <= 0:
             cpu.left_ns = self._slice_ns
             if queue:
+                if thread is not None and thread.is_pausing:
+                    # Who spins looks up when it is back.
+                    cpu.owed_ns, thread.is_pausing = 0, False
                 queue.append((cpu.task, cpu.owed_ns))
                 cpu.task, cpu.owed_ns = queue.popleft()
             elif cpu.owed_ns:
                 # Nobody else wants the CPU: look again when as much time has passed as did until now.
                 cpu.left_ns = self._longer_ns(spent_ns)
         while not cpu.owed_ns:
+            if thread is not None:
+                thread.is_pausing = False
             answer = cpu.task()
             if answer is not None:
                 cpu.owed_ns = answer

@@ -47,7 +47,8 @@ class Thread:
         self.begun = 0
         """How many times it was given a core."""
         self.is_pausing = False
-        """Whether it spins, and makes room for others."""
+        """Whether it spins, and makes room for others; ``on_core`` sets it to False where something else begins. That
+        what it said last is spent does not mean that it spins no more."""
         self.core: _Core | None = None
 
 
@@ -169,7 +170,6 @@ class Host:
         """Ask the thread of a core what comes now; give the core to the next one if it sleeps."""
         thread = core.thread
         assert thread is not None
-        thread.is_pausing = False
         self._asked = thread
         owed_ns = thread.on_core()
         if owed_ns is not None:

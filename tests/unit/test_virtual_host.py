@@ -167,6 +167,34 @@ def test_a_virtual_cpu_that_is_cut_short_owes_nothing_more() -> None:
     assert cpus.busy == 0
 
 
+def test_a_virtual_cpu_spins_on_beyond_the_slice_of_its_task() -> None:
+    clock = Clock()
+    # Nobody takes a core only because it wakes up.
+    host = Host(clock, 1, latency_ns=12 * MS, slice_ns=3 * MS // 2, wake_ns=100 * MS, tick_ns=4 * MS)
+    cpus = Cpus(clock, 2, slice_ns=3 * MS, host=host)
+    done: list[float] = []
+    works = iter((2 * MS, 3 * MS))
+
+    def spins() -> int | None:
+        spent_ns = next(works, None)
+        if spent_ns == 3 * MS:
+            # 1 ms before its slice ends, for 2 ms more than that.
+            host.pause()
+        return spent_ns
+
+    def waits() -> int | None:
+        if done:
+            return None
+        done.append(clock.now_ns / MS)
+        return MS
+
+    cpus.enter(spins)
+    # The first has 1.5 ms of its 5 left: it is beyond its slice, and spins as before.
+    cpus.enter(waits, int(3.5 * MS))
+    clock.run()
+    assert done == [3.5]
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 50), st.floats(0.001, 30)), min_size=1, max_size=12),
     st.integers(1, 3),
