@@ -21,9 +21,9 @@ class SleepingMutex(Generic[W]):
     __slots__ = (
         "_caught",
         "_handed",
+        "_have_look",
         "_is_first_woken",
         "_must_hand",
-        "_runs",
         "_waiters",
         "_wake",
         "is_held",
@@ -31,8 +31,11 @@ class SleepingMutex(Generic[W]):
         "spinners",
     )
 
-    def __init__(self, wake: Callable[[W], None], runs: Callable[[W], bool] = lambda spinner: False) -> None:
-        """``wake`` lets a waiter run; it then calls ``retry``. ``runs`` says whether a spinner runs at this moment."""
+    def __init__(self, wake: Callable[[W], None], have_look: Callable[[W], bool] = lambda spinner: False) -> None:
+        """``wake`` lets a waiter run; it then calls ``retry``.
+
+        ``have_look`` has a spinner that runs at this moment call ``spin`` at once; it returns whether it does run.
+        """
         self.is_held = False
         """Whether it is held by somebody, or on its way to one it was handed to."""
         self.owner: W | None = None
@@ -40,7 +43,7 @@ class SleepingMutex(Generic[W]):
         self.spinners: deque[W] = deque()
         """Who spins for it."""
         self._wake = wake
-        self._runs = runs
+        self._have_look = have_look
         self._caught: W | None = None
         """The spinner that saw it become free, and has it."""
         self._waiters: deque[W] = deque()
@@ -108,6 +111,6 @@ class SleepingMutex(Generic[W]):
             if not self._is_first_woken:
                 self._is_first_woken = True
                 self._wake(first)
-        if not self.is_held and self.spinners and self._runs(self.spinners[0]):
+        if not self.is_held and self.spinners and self._have_look(self.spinners[0]):
             self.is_held = True
             self.owner = self._caught = self.spinners[0]

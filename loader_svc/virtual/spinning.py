@@ -28,7 +28,7 @@ class SpinningMachine(VirtualMachine):
         """Calls that sleep for a mutex."""
 
     def _mutex(self) -> SleepingMutex[VirtualCall]:
-        return SleepingMutex(self._let_run, self._has_core)
+        return SleepingMutex(self._let_run, self._have_look)
 
     def _pause(self) -> None:
         """Be told that a call spins, on behalf of the task that runs now."""
@@ -37,8 +37,12 @@ class SpinningMachine(VirtualMachine):
         assert call._task is not None
         self.cpus.enter(call._task, self.costs.wake_latency_ns)
 
-    def _has_core(self, call: VirtualCall) -> bool:
-        return call._task is not None and self.cpus.runs(call._task)
+    def _have_look(self, call: VirtualCall) -> bool:
+        """Have a call that spins look at its mutex at once if it runs at this moment; return whether it does."""
+        if call._task is None or not self.cpus.runs(call._task):
+            return False
+        self.cpus.cut_short(call._task)
+        return True
 
     def _take(self, mutex: SleepingMutex[VirtualCall], call: VirtualCall, then: Callable[[VirtualCall], Any]) -> Any:
         """Take a mutex and go on: at once, or as soon as it can be had."""

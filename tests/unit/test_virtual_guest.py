@@ -97,6 +97,38 @@ def test_a_spinner_that_only_looks_wakes_the_waiter_that_tried_in_vain_meanwhile
     assert mutex.retry(sleeper)
 
 
+def test_a_spinner_that_catches_the_mutex_has_it_at_once() -> None:
+    machine = GuestMachine(cpus=3, host_cpus=2, costs=NO_COSTS, seed=1)
+    holder, spinner = (VirtualCall.__new__(VirtualCall) for _ in range(2))
+    mutex = machine.list_mutex
+    mutex.hold(holder)
+    begun_ns: list[int] = []
+    waiting = _Wait(machine, mutex, lambda call: begun_ns.append(machine.clock.now_ns))
+    spinner._owed_ns, spinner._then = 0, None
+
+    def spins() -> int | None:
+        if spinner._then is None:
+            waiting.begin(spinner)
+        else:
+            then, spinner._then, spinner._owed_ns = spinner._then, None, 0
+            then(spinner)
+        return spinner._owed_ns or None
+
+    def frees() -> int | None:
+        if machine.clock.now_ns:
+            mutex.free()
+            return None
+        return 100_000
+
+    spinner._task = spins
+    machine.cpus.enter(frees)
+    machine.cpus.enter(spins)
+    # It waits for a core of the host from the beginning.
+    machine.cpus.enter(lambda: None if machine.clock.now_ns > 5_000_000 else 5_000_000)
+    machine.clock.run()
+    assert begun_ns == [100_000]
+
+
 @given(
     st.lists(st.sampled_from(["take", "spin", "look", "free", "run", "sleep"]), max_size=60),
     st.booleans(),
