@@ -82,7 +82,6 @@ def test_a_turn_ends_at_a_tick() -> None:
         bench.wake(bench.thread(name, 5))
     bench.clock.run()
     # Each would have 1.5 ms, and has the 4 ms up to the tick; then, in the same order, the 1 ms that it still wants.
-    # Who begins between two ticks has as much of its turn as there is until the tick that follows its 1.5 ms.
     assert [at for _, at in bench.done] == [41, 42, 43, 44, 45, 46, 47, 48, 49, 50]
 
 
