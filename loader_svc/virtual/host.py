@@ -14,7 +14,7 @@ and takes the lock that all virtual CPUs share; KVM's pause-loop exiting, ``kvm_
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush, heappushpop
+from heapq import heappop, heappush
 from typing import Final
 
 from loader_svc.virtual.clock import Clock
@@ -206,6 +206,12 @@ class Host:
         sharing = 1 - -len(self._queue) // len(self._cores)
         return max(self._slice_ns, self._latency_ns // sharing)
 
+    def _makes_room(self, core: _Core, thread: Thread) -> bool:
+        """Whether a thread gives its core up to the first who waits."""
+        if thread.is_pausing and self._clock.now_ns >= core.begun_ns + PAUSED_TURN_NS:
+            return True
+        return thread.owed_ns > 0 and self._queue[0][0] <= thread.had_ns
+
     def _look(self, planned: tuple[_Core, int]) -> None:
         core, number = planned
         if number != core.number:
@@ -213,17 +219,13 @@ class Host:
         self._count(core)
         thread = core.thread
         assert thread is not None
-        if thread.is_pausing and self._queue and self._clock.now_ns >= core.begun_ns + PAUSED_TURN_NS:
+        if self._queue and self._makes_room(core, thread):
             _, _, first = heappop(self._queue)
             thread.core = None
             self._enqueue(thread)
             self._give(core, first)
         elif not thread.owed_ns:
             self._go_on(core)
-        elif self._queue and self._queue[0][0] <= thread.had_ns:
-            self._made += 1
-            thread.core = None
-            self._give(core, heappushpop(self._queue, (thread.had_ns, self._made, thread))[2])
         else:
             core.begun_ns = self._clock.now_ns
             self._plan(core)

@@ -122,7 +122,7 @@ class _Wait:
 
     def _queue(self, call: VirtualCall) -> Any:
         """Take the mutex if it is free by now; else wait in its queue, asleep."""
-        return self._sleep(call) if not self._mutex.take(call) else self._then(call)
+        return self._then(call) if self._mutex.take(call) else self._sleep(call)
 
     def _sleep(self, call: VirtualCall) -> Any:
         self._machine._asleep.add(call)
