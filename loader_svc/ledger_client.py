@@ -381,7 +381,7 @@ class LedgerClient:
             hello = pb.Hello(
                 instance_id=self.instance_id,
                 loader=self.loader,
-                gates=self._gates.values(),
+                gates=map(self._held, self._gates.values()),
                 live_call_ids=sorted(self._live),
                 requests=self._requests.values(),
                 former_instance_ids=self._former_instance_ids,
@@ -490,6 +490,14 @@ class LedgerClient:
         live, self._live = self._live, set()
         for call_id in live:
             self._on_released(call_id)
+
+    def _held(self, gate: pb.HeldGate) -> pb.HeldGate:
+        """Return what is said of a gate: its call may have ended, and only stats_svc can know."""
+        asked = self._asked.get(gate.call_id)
+        if asked is None or asked.batch is None or not asked.operation.HasField("finish_call"):
+            return gate
+        sequence = asked.batch.message.sequence
+        return pb.HeldGate(system=gate.system, call_id=gate.call_id, inode=gate.inode, finish_sequence=sequence)
 
     def _say_again(self, applied_sequence: int) -> list[pb.OperationBatch]:
         """Return what of the batches is unanswered, under their old numbers, and the interrupts that were not applied.

@@ -210,9 +210,7 @@ class LedgerState:
             # The call has ended. What it asked before that was answered, and must not take hold of anything again.
             if kind in _ENDS:
                 self._answer(group, session, call_id, PROCEED, event_id)
-                # The hello may have taken its gate once more, by a loader that did not know.
                 caller, ended = (session.instance.id, call_id), operation.finish_call.call
-                self._wake(group, system.leave(caller, ended.errno))
                 if ended.outcome == call_pb2.OUTCOME_LIVE and not system.holds(ended.module, caller):
                     # Unloaded again since, when its loader could not be told.
                     group.released.append(caller)
@@ -496,6 +494,10 @@ class LedgerState:
         for gate in gates:
             system = self.systems.get(gate.system)
             caller = (instance.id, gate.call_id)
+            if 0 < gate.finish_sequence <= instance.applied_sequence:
+                # The call has ended, and its loader was not told. That may die before it asks again: a call that still
+                # held something would be taken for one that was never answered.
+                continue
             if system is not None and gate.call_id not in instance.waits and system.enter(gate.inode, caller) is None:
                 # Somebody else was given it meanwhile. The call goes on; there is no result of it to share.
                 system.gate.interrupt(caller)

@@ -183,9 +183,15 @@ class Loader:
         self._turn = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
 
-    async def connect(self) -> int:
-        """Open a stream, and ask again what is unanswered; return the sequence that it is welcomed with."""
-        hello = pb.Hello(
+    def hello(self) -> pb.Hello:
+        """Return what it says first on a stream."""
+        for gate in self.gates.values():
+            gate.finish_sequence = 0
+        for sequence, unanswered in self.batches.items():
+            for call_id, operation in unanswered.items():
+                if operation.HasField("finish_call") and call_id in self.gates:
+                    self.gates[call_id].finish_sequence = sequence
+        return pb.Hello(
             instance_id=self.name,
             loader=f"loader {self.name}",
             gates=self.gates.values(),
@@ -193,7 +199,10 @@ class Loader:
             requests=self.requests,
             former_instance_ids=self.former,
         )
-        session, welcome = await self.bench.ledger.connect(hello)
+
+    async def connect(self) -> int:
+        """Open a stream, and ask again what is unanswered; return the sequence that it is welcomed with."""
+        session, welcome = await self.bench.ledger.connect(self.hello())
         self._reader = asyncio.create_task(self._read(session))
         self._newest = session
         self.said = 0

@@ -88,6 +88,10 @@ async def stats() -> AsyncIterator[tuple[StatsSvc, LedgerClient]]:
     await server.stop(0)
 
 
+def enter(call_id: int) -> pb.Operation:
+    return pb.Operation(call_id=call_id, system="default", enter_gate=pb.EnterGate(inode=f"inode {call_id}"))
+
+
 def remove(call_id: int) -> pb.Operation:
     return pb.Operation(call_id=call_id, system="default", remove_module=pb.RemoveModule())
 
@@ -120,6 +124,42 @@ async def test_nothing_new_is_sent_before_the_ends_that_are_asked_again_are_answ
     assert (new.sequence, [operation.call_id for operation in new.operations]) == (2, [2])
     await second.answer(2, 2)
     assert (await reading).call_id == 2
+
+
+async def test_the_hello_says_in_which_batch_a_call_that_holds_a_gate_has_asked_to_end(
+    stats: tuple[StatsSvc, LedgerClient],
+) -> None:
+    servicer, client = stats
+    first = await servicer.stream()
+    await first.hello()
+    await first.welcome(0)
+    for call_id in (1, 2):
+        entering = asyncio.create_task(client.ask(enter(call_id)))
+        assert (await first.batch()).sequence == call_id
+        await first.answer(call_id, call_id)
+        await entering
+    asked = [
+        asyncio.create_task(client.ask(pb.Operation(call_id=1, system="default", finish_call=pb.FinishCall()))),
+        asyncio.create_task(client.ask(pb.Operation(call_id=2, system="default", check_name=pb.CheckName()))),
+    ]
+    ending = await first.batch()
+    first.ended.set()
+    second = await servicer.stream()
+    gates = (await second.hello()).gates
+    assert [(gate.call_id, gate.finish_sequence) for gate in gates] == [(1, ending.sequence), (2, 0)]
+    assert [gate.inode for gate in gates] == ["inode 1", "inode 2"]
+    await second.welcome(ending.sequence)
+    while not all(task.done() for task in asked):
+        again = await second.batch()
+        await second.answer(again.sequence, *(operation.call_id for operation in again.operations))
+        await asyncio.wait(asked, timeout=0)
+    third = asyncio.create_task(client.ask(enter(3)))
+    await second.batch()
+    second.ended.set()
+    # Once it was told so it holds nothing any more.
+    last = await servicer.stream()
+    assert [gate.call_id for gate in (await last.hello()).gates] == [2]
+    third.cancel()
 
 
 async def test_what_only_waits_for_others_holds_up_nothing_when_it_is_asked_again(

@@ -111,6 +111,52 @@ async def test_a_name_whose_loader_is_gone_before_and_after_a_restart_is_abandon
 
 
 @pytest.mark.parametrize("restarted", [False, True])
+async def test_a_call_that_has_ended_is_not_abandoned_by_a_loader_that_was_not_told_and_said_hello(
+    bench: Bench, restarted: bool
+) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(enter(1))
+    await a.ask(reserve(1))
+    assert a._reader is not None
+    a._reader.cancel()
+    await a.send(live(1))
+    await until(lambda: len(bench.events()) == 1)
+    if restarted:
+        await bench.crash()
+        await b.connect()
+    hello = a.hello()
+    assert [gate.call_id for gate in hello.gates] == [1]
+    await bench.ledger.connect(hello)
+    # It is killed before it asks again, and nobody has to wait until that is noticed.
+    entering = b.begin(enter(b.new_call()))
+    await settle(b)
+    assert entering.done()
+    await bench.ledger.connect(pb.Hello(instance_id="a2", loader="loader a"))
+    await settle(b)
+    assert abandoned(bench) == []
+    counters = counted(bench).counters
+    assert (counters.calls, counters.abandoned_calls) == (1, 0)
+
+
+async def test_a_call_whose_end_was_lost_with_stats_svc_is_abandoned_by_a_loader_that_said_hello(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(enter(1, "tree:kernel/fs/xfs/xfs.ko:0"))
+    a.disconnect()
+    await a.send(fail(1))
+    await bench.crash()
+    await b.connect()
+    hello = a.hello()
+    assert hello.gates[0].finish_sequence == 2
+    await bench.ledger.connect(hello)
+    waiting = b.begin(enter(b.new_call(), "tree:kernel/fs/xfs/xfs.ko:0"))
+    await settle(b)
+    assert not waiting.done()
+    await bench.ledger.connect(pb.Hello(instance_id="a2", loader="loader a"))
+    assert said(await waiting) == (PROCEED, "", True)
+    assert abandoned(bench) == [("loader a", 1, "")]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
 async def test_who_comes_back_after_its_lease_is_refused_for_ever(bench: Bench, restarted: bool) -> None:
     a, b = await connected(bench, "a", "b")
     await a.ask(reserve(1))
