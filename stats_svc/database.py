@@ -186,7 +186,7 @@ class Database:
         # The user's own come last, and win.
         options = [*(f"-c {name}={value}" for name, value in limits.items()), str(self._url.query.get("options", ""))]
         try:
-            return sa.create_engine(
+            engine = sa.create_engine(
                 self._url,
                 pool_size=1 if writer else READERS,
                 max_overflow=0,
@@ -202,6 +202,15 @@ class Database:
             )
         except ModuleNotFoundError as error:
             raise StoreError(f"PostgreSQL needs the package {error.name}; install modpressure[postgres]") from None
+
+        @event.listens_for(engine, "handle_error")
+        def on_error(context: sa.engine.ExceptionContext) -> None:
+            # psycopg may say of a lost connection that it is open, in the middle of a statement. SQLAlchemy would try
+            # to roll back, and log the traceback of what comes of that.
+            if isinstance(context.sqlalchemy_exception, sa.exc.DBAPIError) and _is_lost(context.sqlalchemy_exception):
+                context.is_disconnect = True
+
+        return engine
 
     def check_writer(self) -> None:
         """Raise StoreError if writes would go to an SQLite file that nobody can see any more: they would succeed."""
@@ -280,13 +289,16 @@ def _look(connection: Connection) -> None:
     connection.execute(sa.select(schema.about.c.schema_version))
 
 
+def _is_lost(error: sa.exc.DBAPIError) -> bool:
+    """Return whether there is no connection to PostgreSQL, or none any more, as the client's library says."""
+    is_of_connections = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+    return is_of_connections and getattr(error.orig, "sqlstate", None) is None
+
+
 def _is_worth_a_retry(error: sa.exc.DBAPIError) -> bool:
     """Return whether a transaction may come to a better end when it is tried again."""
-    code = getattr(error.orig, "sqlstate", None)
-    if code is None:
-        # It came from the client's library: no connection, or none any more.
-        return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
-    return code in _WORTH_A_RETRY or code.startswith("08")
+    code = getattr(error.orig, "sqlstate", None) or ""
+    return _is_lost(error) or code in _WORTH_A_RETRY or code.startswith("08")
 
 
 def _url_of(location: str) -> URL:

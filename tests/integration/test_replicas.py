@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -206,6 +207,26 @@ def test_a_commit_whose_answer_got_lost_to_one_who_was_deposed_is_not_made_again
     with pytest.raises(StandingBy):
         store.commit(counted())
     assert calls(other) == 0
+
+
+def test_a_read_that_is_lost_without_a_word_is_one_sentence_and_no_traceback(
+    stores: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As libpq leaves it when it closes the socket while psycopg waits: neither closed nor done."""
+    store, _ = stores()
+    store.load()
+    dialect = store._database.writer.dialect
+
+    def be_lost(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        monkeypatch.undo()
+        cursor.connection.pgconn.send_query(b"SELECT 1")
+        raise psycopg.OperationalError("connection socket closed")
+
+    monkeypatch.setattr(dialect, "do_execute", be_lost)
+    with pytest.raises(StoreError, match=r": connection socket closed$"):
+        store.load()
+    assert caplog.records == []
+    store.load()
 
 
 def test_a_deadlock_is_tried_again(stores: Any, postgres_database: str) -> None:
