@@ -284,6 +284,8 @@ async def _read(stub: StatsServiceAsyncStub, system: str) -> tuple[Books, str]:
         unsettled = f"only {stats.loaders} loaders are connected"
     elif half := [m.module for m in modules if m.state != pb.LoadedModule.STATE_LIVE]:
         unsettled = f"{', '.join(half)} is still being loaded"
+    elif about.HasField("limits") and not about.HasField("taken"):
+        unsettled = "what is taken of its memory is unknown"
     elif about.taken.memory_bytes > sum(module.core_bytes for module in modules):
         # A call whose client has given up may be under way, on a busy machine for long, and be seen nowhere else.
         unsettled = "memory is still taken by a call"

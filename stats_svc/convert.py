@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Final
 
 from modpressure.errors import BadRequest
 from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
@@ -75,16 +76,20 @@ def counters_from_proto(stats: stats_service_pb2.Stats) -> Counters:
     return Counters(**{name: getattr(stats, name) for name in COUNTER_NAMES})
 
 
-def system_to_proto(row: SystemRow, taken: tuple[Amounts, Amounts] | None = None) -> stats_service_pb2.System:
-    """Return a system, with what is ``taken`` of its memory now and at most, if that is finite."""
+NOTHING_TAKEN: Final = (Amounts(), Amounts())
+
+
+def system_to_proto(row: SystemRow, taken: tuple[Amounts, Amounts] | None) -> stats_service_pb2.System:
+    """Return a system, with what is ``taken`` of its memory now and at most, if that is finite; None if unknown."""
     system = stats_service_pb2.System(id=row.id, policy=call_pb2.Policy.ValueType(row.policy))
     system.create_time.FromNanoseconds(row.create_time_ns)
     if row.reset_time_ns:
         system.reset_time.FromNanoseconds(row.reset_time_ns)
     if row.limits is not None:
-        now, peak = taken or (Amounts(), row.peak_taken)
+        now, peak = taken or (None, row.peak_taken)
         for message, amounts in ((system.limits, row.limits), (system.taken, now), (system.peak_taken, peak)):
-            message.CopyFrom(stats_service_pb2.MemoryAmounts(**amounts._asdict()))
+            if amounts is not None:
+                message.CopyFrom(stats_service_pb2.MemoryAmounts(**amounts._asdict()))
     return system
 
 

@@ -33,8 +33,11 @@ _CHANGES: Final = frozenset(
     f"/modpressure.v1.StatsService/{name}" for name in ("CreateSystem", "ResetSystem", "DeleteSystem")
 )
 _IMPORT: Final = "/modpressure.v1.StatsService/ImportSystem"
-_LIVE_READS: Final = frozenset(f"/modpressure.v1.StatsService/{name}" for name in ("GetStats", "GetSystem"))
-"""Their counters are stored; what is held, waits and is connected, the leader knows. While it is away it is nothing."""
+_LIVE_READS: Final = frozenset(
+    f"/modpressure.v1.StatsService/{name}" for name in ("GetStats", "GetSystem", "ListSystems")
+)
+"""Their counters are stored; what is held, waits and is connected, the leader knows. While it is away that is nothing,
+and what is taken of a system's memory is not said."""
 
 _HANDED_ON: Final = frozenset((_STREAM, _WATCH, _IMPORT, *_CHANGES, *_LIVE_READS))
 

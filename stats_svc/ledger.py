@@ -55,6 +55,7 @@ from stats_svc.rows import (
 )
 from stats_svc.session import Fence, Instance, Session
 from stats_svc.state import DEFAULT_POLICY, LedgerState, LeftBehind, check_imported
+from stats_svc.system import System
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -203,24 +204,28 @@ class Ledger:
         """How many loaders are connected."""
         return len(self._sessions)
 
+    def _known(self, system: str) -> System | None:
+        """Return a system; None if there is no such one, or if what is in memory need not be what is stored."""
+        return None if self._away else self._state.systems.get(system)
+
     def peak_held_bytes(self, system: str) -> int:
         """Return the most that loaders held while ``system`` was in use, 0 if there is no such system."""
-        known = self._state.systems.get(system)
+        known = self._known(system)
         return 0 if known is None else known.peak_held_bytes
 
     def module_requests(self, system: str) -> tuple[int, int]:
         """Return how many requests of ``system``'s kernel are in flight, and how many of them wait; 0 if it is gone."""
-        known = self._state.systems.get(system)
+        known = self._known(system)
         return (0, 0) if known is None else (known.autoload.in_flight, known.autoload.waiting)
 
     def waiting_calls(self, system: str) -> int:
         """Return how many calls of ``system`` wait for another one, 0 if there is no such system."""
-        known = self._state.systems.get(system)
+        known = self._known(system)
         return 0 if known is None else known.waiting
 
     def memory_taken(self, system: str) -> tuple[Amounts, Amounts] | None:
-        """Return what is taken of a system's memory and the most that was; None where that is not finite."""
-        known = self._state.systems.get(system)
+        """Return what is taken of a system's memory and the most that was; None where it is not finite, or unknown."""
+        known = self._known(system)
         return None if known is None or known.memory is None else known.memory.amounts
 
     async def in_writer(self, work: Callable[[], T]) -> T:

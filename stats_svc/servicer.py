@@ -206,7 +206,7 @@ class StatsServicer(StatsServiceServicer):
             policy = convert.policy_from_proto(request.system.policy)
             limits = convert.limits_from_proto(request.system)
             row = await self._ledger.create_system(request.system.id, policy, limits)
-        return pb.CreateSystemResponse(system=convert.system_to_proto(row))
+        return pb.CreateSystemResponse(system=convert.system_to_proto(row, convert.NOTHING_TAKEN))
 
     async def GetSystem(self, request: pb.GetSystemRequest, context: Any) -> pb.GetSystemResponse:
         """Get one system."""
@@ -229,7 +229,7 @@ class StatsServicer(StatsServiceServicer):
         """Reset a system as a reboot would."""
         async with translate_errors(context, "Stats.ResetSystem"):
             row = await self._ledger.reset_system(_system_id(request.system))
-        return pb.ResetSystemResponse(system=convert.system_to_proto(row))
+        return pb.ResetSystemResponse(system=convert.system_to_proto(row, convert.NOTHING_TAKEN))
 
     async def DeleteSystem(self, request: pb.DeleteSystemRequest, context: Any) -> pb.DeleteSystemResponse:
         """Delete a system and all that was counted for it."""

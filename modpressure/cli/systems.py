@@ -217,4 +217,5 @@ def _amounts(system: System) -> Iterator[tuple[str, ...]]:
     """Yield a row for each kind of memory that a system has."""
     for name, area in zip(Amounts._fields, MemoryArea, strict=True):
         limit, taken, peak = (getattr(each, name) for each in (system.limits, system.taken, system.peak_taken))
-        yield system.id, area.value, format_bytes(limit) if limit else "none", format_bytes(taken), format_bytes(peak)
+        told = format_bytes(taken) if system.HasField("taken") else "unknown"
+        yield system.id, area.value, format_bytes(limit) if limit else "none", told, format_bytes(peak)

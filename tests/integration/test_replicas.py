@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import signal
+import subprocess
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -322,8 +324,12 @@ async def test_any_replica_may_be_asked_for_anything(replica: Replica, launch: L
             assert stats.held_bytes > 0
             assert [event.call.system async for event in client.events("small")] == ["small"] * stats.calls
             assert {module.module async for module in client.loaded_modules("small")} >= {"xfs"}
-            assert (await client.system("small")).taken.memory_bytes > 0
-            assert [system.id async for system in client.systems()] == ["default", "small"]
+            taken = (await client.system("small")).taken
+            assert taken.memory_bytes > 0
+            assert [(system.id, system.taken) async for system in client.systems()] == [
+                ("default", MemoryAmounts()),
+                ("small", taken),
+            ]
         assert await by_first.report("small") == await by_second.report("small")
         watched = by_second.watch("small", interval_seconds=0.05)
         assert (await anext(watched)).calls == stats.calls
@@ -352,6 +358,34 @@ async def test_what_is_no_message_is_refused_by_who_stands_by(replica: Replica, 
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert f"{service}/{rpc}, 1 bytes, is not the message that it takes" in (refused.value.details() or "")
     assert not any("Traceback" in line for line in second.lines)
+
+
+async def test_what_only_the_leader_knows_is_not_said_to_be_nothing_while_that_is_away(
+    postgres_database: str, launch: Launch
+) -> None:
+    """Who leads is stopped, and may be silent for an hour: nobody follows meanwhile."""
+    long = ("--database", postgres_database, "--lead-seconds", "3600")
+    first = await asyncio.to_thread(launch, "stats_svc", "--listen", "127.0.0.1:0", *long)
+    second = await asyncio.to_thread(launch, "stats_svc", "--listen", "127.0.0.1:0", *long)
+    loader = await asyncio.to_thread(launch, "loader_svc", "--listen", "127.0.0.1:0", "--stats", first.address)
+    async with Client([loader.address], second.address) as client:
+        await client.create_system("small", limits=MemoryAmounts(memory_bytes=64 << 20))
+        await client.load("xfs", system="small")
+        before = await client.system("small")
+        assert 0 < before.taken.memory_bytes < before.peak_taken.memory_bytes
+        first.kill()
+        for system in (await client.system("small"), [system async for system in client.systems()][-1]):
+            assert not system.HasField("taken")
+            assert (system.id, system.limits, system.peak_taken) == ("small", before.limits, before.peak_taken)
+        executable = Path(sysconfig.get_path("scripts")) / "modpressure"
+        told = subprocess.run(
+            [executable, "systems", "show", "small", "--stats", second.address],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (told.returncode, told.stderr) == (0, "")
+        assert "unknown" in told.stdout
 
 
 async def _has_loaders(client: Client, number: int) -> bool:
