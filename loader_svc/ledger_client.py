@@ -551,6 +551,8 @@ class LedgerClient:
             sequence=self._last_sequence,
             operations=operations,
             has_claims=_has_claims(operations),
+            # There is no room for a new one before what is asked again is answered.
+            answered_sequence=self._applied_sequence,
             held_bytes=self._said_held_bytes,
             peak_held_bytes=self._meter.take_peak(self._peak),
         )

@@ -74,9 +74,10 @@ class EventLog:
         return EventPage(events, 0)
 
     def find(self, system: str, instance_id: str, call_ids: Collection[int]) -> dict[int, int]:
-        """Return the event of each of some calls of a loader process that has left one, looking at the newest first.
+        """Return the event of each of some calls of a loader process, as far as it may ask for that again.
 
-        Calls that were recorded in bulk are not found.
+        What it says was answered is not looked at: after days of work that may be millions of events. Calls that were
+        recorded in bulk are not found.
         """
         found: dict[int, int] = {}
         missing = set(call_ids)

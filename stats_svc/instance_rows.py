@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import sqlalchemy as sa
@@ -9,11 +10,11 @@ from sqlalchemy.engine import Connection
 
 from stats_svc import schema
 from stats_svc.rows import InstanceRow
+from stats_svc.writes import Write
 
+_STORED: Final = ("instance_id", "loader", "applied_sequence", "last_seen_ns", "fence")
 _INSTANCES = schema.instances.c
-_row = sa.select(
-    _INSTANCES.instance_id, _INSTANCES.loader, _INSTANCES.applied_sequence, _INSTANCES.last_seen_ns, _INSTANCES.fence
-)
+_row = sa.select(*(_INSTANCES[name] for name in _STORED))
 _one = _row.where(_INSTANCES.instance_id == sa.bindparam("the_instance"))
 _first_segment: Final = sa.select(_INSTANCES.first_segment).where(
     _INSTANCES.instance_id == sa.bindparam("the_instance")
@@ -43,8 +44,18 @@ def find(connection: Connection, instance_id: str) -> InstanceRow | None:
     return None if row is None else InstanceRow(*row)
 
 
+def put(connection: Connection, statement: Write, rows: Iterable[InstanceRow], first_segment: int) -> None:
+    """Store some. What those may ask again that have ``nothing_before`` left its events from ``first_segment`` on."""
+    # Only ever later: of the others nothing is said.
+    stored = [
+        {name: getattr(row, name) for name in _STORED} | {"first_segment": first_segment if row.nothing_before else 0}
+        for row in rows
+    ]
+    statement.execute(connection, stored)
+
+
 def first_segment(connection: Connection, instance_id: str) -> int:
-    """Return the least number of a segment that may hold an event of one; 0 if it is not known."""
+    """Return the least number of a segment with what one may ask again; 0 if it is not known."""
     return connection.scalar(_first_segment, {"the_instance": instance_id}) or 0
 
 

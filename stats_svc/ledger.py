@@ -366,6 +366,7 @@ class Ledger:
         group, instance, sequence = self._group, session.instance, batch.sequence
         if sequence > instance.applied_sequence:
             instance.applied_sequence, instance.has_news = sequence, True
+            instance.nothing_before |= batch.answered_sequence >= sequence - 1
         self._unsaved[instance.id] = instance
         others_bytes = self.held_bytes - instance.held_bytes
         instance.held_bytes = _credible(batch.held_bytes)
@@ -637,7 +638,9 @@ class Ledger:
             # What is only asked again, or a stream that is opened, must not have what it is asked about forgotten.
             if one.has_news:
                 one.last_seen_ns, one.has_news = now_ns, False
-            instances.append(InstanceRow(one.id, one.loader, one.applied_sequence, one.last_seen_ns, one.fence))
+            row = InstanceRow(one.id, one.loader, one.applied_sequence, one.last_seen_ns, one.fence, one.nothing_before)
+            one.nothing_before = False
+            instances.append(row)
         self._unsaved.clear()
         commit = Commit(now_ns, group.steps, instances)
         await self._in_writer(lambda: self._store.commit(commit))

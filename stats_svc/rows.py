@@ -100,6 +100,9 @@ class InstanceRow:
     fence: int = 0
     """Number of ``stats_svc.session.Fence``."""
 
+    nothing_before: bool = False
+    """Whether it asks again nothing that was committed before this is. Not stored."""
+
 
 ClaimKey: TypeAlias = tuple[str, str]
 """A system and a client's request id."""
@@ -349,7 +352,7 @@ class LedgerStore(Protocol):
         """
 
     def first_segment(self, instance_id: str) -> int:
-        """Return the least number of a segment that may hold an event of a loader process; 0 if it is not known."""
+        """Return the least number of a segment with what a loader process may ask again; 0 if it is not known."""
 
     def instance(self, instance_id: str) -> InstanceRow | None:
         """Return a loader process, also one that is fenced; None if it is not known."""

@@ -184,7 +184,7 @@ instances = sa.Table(
     _number("last_seen_ns"),
     _number("fence", default="0"),
 )
-"""Loader processes: how far their batches have been applied, and the first segment that may hold an event of theirs.
+"""Loader processes: how far their batches have been applied, and the first segment with what they may ask again.
 
 That is a number and no time: clocks step back. ``fence`` says why nothing more is accepted of one; since version 6.
 """

@@ -168,6 +168,9 @@ class Instance:
     has_news: bool = True
     """Whether that is to be set by the next commit."""
 
+    nothing_before: bool = True
+    """Whether it was answered all that it had asked before its last batch; until the next commit."""
+
     restored: bool = False
     """Whether it was loaded from the store: then what it was told before that may not be known here."""
 

@@ -102,6 +102,7 @@ class LedgerState:
                 applied_sequence=row.applied_sequence,
                 last_seen_ns=row.last_seen_ns,
                 has_news=False,
+                nothing_before=False,
                 restored=True,
                 fence=Fence(row.fence),
             )

@@ -64,14 +64,14 @@ class Statements:
                 modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")
             )
         )
-        self.put_module = write(_upsert(insert, modules))
+        self.put_module = write(_upsert(insert(modules)))
         uses = schema.module_uses
         self.remove_uses = write(
             sa.delete(uses).where(uses.c.system == sa.bindparam("the_system"), uses.c.name == sa.bindparam("the_name"))
         )
         self.put_uses = write(sa.insert(uses))
-        self.put_held = write(_upsert(insert, schema.held_memory))
-        self.put_claim = write(_upsert(insert, schema.claims))
+        self.put_held = write(_upsert(insert(schema.held_memory)))
+        self.put_claim = write(_upsert(insert(schema.claims)))
         new = insert(schema.requesters)
         self.add_requester = write(
             new.on_conflict_do_update(
@@ -82,7 +82,10 @@ class Statements:
                 },
             )
         )
-        self.put_instance = write(_upsert(insert, instances, but="first_segment"))
+        new = insert(instances)
+        moves = new.excluded.first_segment > instances.c.first_segment
+        first_segment = sa.case((moves, new.excluded.first_segment), else_=instances.c.first_segment)
+        self.put_instance = write(_upsert(new, first_segment=first_segment))
         self.put_segment = write(sa.insert(schema.event_segments))
         new = insert(failed)
         self.add_failed = write(
@@ -96,9 +99,11 @@ class Statements:
         )
 
 
-def _upsert(insert: Any, table: sa.Table, *, but: str = "") -> Any:
-    """Return a statement that inserts a row of ``table``, or overwrites that with its key, ``but`` one column."""
-    new = insert(table)
-    keys = [column.name for column in table.primary_key]
-    values = {column.name: new.excluded[column.name] for column in table.columns if column.name not in (*keys, but)}
-    return new.on_conflict_do_update(index_elements=keys, set_=values)
+def _upsert(new: Any, **instead: Any) -> Any:
+    """Return a statement that inserts a row, as ``new`` does, or overwrites that with its key.
+
+    Columns that ``instead`` names are overwritten by what it says.
+    """
+    keys = [column.name for column in new.table.primary_key]
+    values = {column.name: new.excluded[column.name] for column in new.table.columns if column.name not in keys}
+    return new.on_conflict_do_update(index_elements=keys, set_=values | instead)

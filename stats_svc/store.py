@@ -248,17 +248,13 @@ class SqlStore:
         self._database.write(work)
 
     def _commit(self, connection: Connection, commit: Commit) -> None:
+        first_segment = self._next_segment
         for step in commit.steps:
             self._admin(connection, step, commit.time_ns)
             if step.deltas:
                 self._add(connection, step.deltas, commit.time_ns)
         if commit.instances:
-            first_segment = self._next_segment
-            rows = [
-                {name: getattr(instance, name) for name in InstanceRow.__slots__} | {"first_segment": first_segment}
-                for instance in commit.instances
-            ]
-            self._statements.put_instance.execute(connection, rows)
+            instance_rows.put(connection, self._statements.put_instance, commit.instances, first_segment)
 
     def _admin(self, connection: Connection, step: Changes, now_ns: int) -> None:
         if step.create is not None:
@@ -495,7 +491,7 @@ class SqlStore:
             return connection.scalar(query) or 0
 
     def first_segment(self, instance_id: str) -> int:
-        """Return the least number of a segment that may hold an event of a loader process; 0 if it is not known."""
+        """Return the least number of a segment with what a loader process may ask again; 0 if it is not known."""
         with self._database.errors(), self._database.reader.connect() as connection:
             return instance_rows.first_segment(connection, instance_id)
 

@@ -18,6 +18,7 @@ from modpressure.errors import AlreadyExists, BadRequest, LeaseEnded, NotFound, 
 from modpressure.kernel.outcome import Outcome
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
+from stats_svc import events as events_module
 from stats_svc.events import EventFilter, EventLog
 from stats_svc.ledger import Ledger
 from stats_svc.rows import ClaimKey, ClaimRow, Commit, InstanceRow, SegmentKind, Snapshot, StoredSegment, StoreError
@@ -286,6 +287,7 @@ class Loader:
             held_bytes=self.held_bytes,
             peak_held_bytes=self.held_bytes,
             has_claims=any(operation.HasField("claim_request") for operation in operations),
+            answered_sequence=self._answered_before(self.sequence),
         )
         self.unacknowledged[self.sequence] = batch
         asks = {operation.call_id: operation for operation in operations if not operation.HasField("interrupt")}
@@ -299,6 +301,16 @@ class Loader:
                 self.said = batch.sequence
                 await self.bench.ledger.submit(self.session, batch)
         return answers
+
+    def _answered_before(self, sequence: int) -> int:
+        """Return up to which batch before ``sequence`` all is answered that batches have ended."""
+        ends = {"finish_call", "remove_module"}
+        ending = (
+            number
+            for number, unanswered in self.batches.items()
+            if ends & {operation.WhichOneof("kind") for operation in unanswered.values()}
+        )
+        return min(ending, default=sequence) - 1
 
     def expect(self, call_id: int) -> asyncio.Future[pb.OperationResult]:
         """Return the next answer to come for a call."""
@@ -700,12 +712,21 @@ async def test_a_removal_that_is_asked_again_does_not_remove_what_came_after_it(
     removal = a.new_call()
     sequence = a.sequence + 1
     event_id = (await a.ask(remove(removal))).event_id
+    # As if the answer had been lost.
+    a.batches[sequence] = {removal: remove(removal)}
     second = a.new_call()
     await a.ask(reserve(second))
     await a.ask(live(second))
     answer = a.expect(removal)
     await a.submit(sequence, remove(removal))
     assert (await answer).event_id == event_id
+    # Once it is said to be answered nobody looks for it, and still nothing is removed.
+    await a.ask(fail(a.new_call()))
+    answer = a.expect(removal)
+    await a.submit(sequence, remove(removal))
+    assert (await answer).message == (
+        f"what became of the removal by call {removal} is not known any more: more was done since"
+    )
     assert a.released == [first]
 
 
@@ -780,6 +801,36 @@ async def test_the_hello_gives_the_gates_back_after_a_crash(bench: Bench) -> Non
     assert not wait.done()
     await a.ask(fail(call, Outcome.BECOMING))
     assert (await wait).verdict == SHARED
+
+
+async def test_what_was_answered_is_not_looked_through_for_what_is_asked_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await connected(bench, "a", "b")
+    for _ in range(40):
+        await b.ask(fail(b.new_call()))
+    holder = a.new_call()
+    await a.ask(reserve(holder))
+    waits = [b.begin(check(b.new_call())) for _ in range(5)]
+    # So that it is stored that those before it were applied.
+    await b.ask(fail(b.new_call()))
+    decoded: list[int] = []
+    decode = events_module.decode
+
+    def counting(system: str, segment: StoredSegment) -> list[call_pb2.Event]:
+        decoded.append(segment.number)
+        return decode(system, segment)
+
+    monkeypatch.setattr(events_module, "decode", counting)
+    await bench.crash()
+    for loader in (a, b):
+        await loader.connect()
+    await settle(b)
+    assert not any(wait.done() for wait in waits)
+    assert len(decoded) <= 1
+    await a.ask(live(holder))
+    for wait in waits:
+        assert said(await wait) == (DUPLICATE, "EEXIST", True)
 
 
 async def test_a_newer_stream_of_the_same_process_ends_the_older(bench: Bench) -> None:

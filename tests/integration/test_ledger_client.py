@@ -122,6 +122,7 @@ async def test_nothing_new_is_sent_before_the_ends_that_are_asked_again_are_answ
     assert (await removing).call_id == 1
     new = await second.batch()
     assert (new.sequence, [operation.call_id for operation in new.operations]) == (2, [2])
+    assert (again.answered_sequence, new.answered_sequence) == (0, 1)
     await second.answer(2, 2)
     assert (await reading).call_id == 2
 

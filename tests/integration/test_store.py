@@ -20,6 +20,7 @@ from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
 from modpressure.kernel.modules_list import State
 from modpressure.kernel.requesters import Requester, Tally
 from modpressure.v1 import call_pb2, ledger_service_pb2
+from stats_svc import events as events_module
 from stats_svc import schema
 from stats_svc.events import EventFilter, EventLog
 from stats_svc.rows import (
@@ -30,6 +31,7 @@ from stats_svc.rows import (
     Segment,
     SegmentKind,
     Snapshot,
+    StoredSegment,
     StoreError,
     SystemDelta,
     SystemRow,
@@ -285,19 +287,52 @@ def test_many_small_segments_are_read_whole(open_store: Open) -> None:
     assert ids(events, limit=1000, newest=True) == list(range(700, 0, -1))
 
 
+def moved(sequence: int, *segments: Segment, nothing_before: bool = True) -> Commit:
+    """Return a commit in which the process ``mine`` comes to a place in its stream."""
+    delta = SystemDelta(events=sum(segment.count for segment in segments), segments=list(segments))
+    steps = [Changes(deltas={"default": delta})] if segments else [Changes()]
+    return Commit(1, steps, [InstanceRow("mine", "l", sequence, 4 * 10**18, nothing_before=nothing_before)])
+
+
 def test_the_ends_of_a_processes_calls_are_found_and_nobody_elses(open_store: Open) -> None:
     store = open_store()
     store.commit(created("default"))
     store.commit(added("default", SystemDelta(events=1, segments=[single(1, 5, instance_id="mine")])))
     # What was committed before the process was first seen can't be its own.
-    store.commit(Commit(1, [Changes()], [InstanceRow("mine", "l", 0, 4 * 10**18)]))
-    store.commit(added("default", SystemDelta(events=2, segments=[single(2, 6, 7, instance_id="mine")])))
+    store.commit(moved(0))
+    store.commit(moved(1, single(2, 6, 7, instance_id="mine")))
     store.commit(added("default", SystemDelta(events=1, segments=[single(4, 8, instance_id="other")])))
     store.commit(added("default", SystemDelta(events=1, segments=[recorded(5, 9)])))
-    # Seen again: its beginning does not move.
-    store.commit(Commit(1, [Changes()], [InstanceRow("mine", "l", 3, 4 * 10**18)]))
-    assert EventLog(store).find("default", "mine", {5, 6, 7, 8, 9}) == {6: 2, 7: 3}
-    assert EventLog(open_store()).find("default", "mine", {6, 7}) == {6: 2, 7: 3}
+    # A batch that was sent while the one before was not answered.
+    store.commit(moved(2, single(6, 10, instance_id="mine"), nothing_before=False))
+    assert EventLog(store).find("default", "mine", {5, 6, 7, 8, 9, 10}) == {6: 2, 7: 3, 10: 6}
+    store = open_store()
+    assert EventLog(store).find("default", "mine", {6, 7}) == {6: 2, 7: 3}
+    store.commit(moved(3))
+    assert EventLog(store).find("default", "mine", {6, 7, 10}) == {}
+
+
+def test_what_a_process_did_before_its_last_batch_is_not_looked_through(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    store.commit(created("default"))
+    store.commit(moved(0))
+    for sequence in range(1, 400):
+        store.commit(moved(sequence, single(sequence, sequence, instance_id="mine")))
+    decoded: list[int] = []
+    decode = events_module.decode
+
+    def counting(system: str, segment: StoredSegment) -> list[call_pb2.Event]:
+        decoded.append(segment.number)
+        return decode(system, segment)
+
+    monkeypatch.setattr(events_module, "decode", counting)
+    # One that has not ended; after that one which has.
+    assert EventLog(store).find("default", "mine", {400}) == {}
+    assert len(decoded) == 1
+    assert EventLog(open_store()).find("default", "mine", {399, 400}) == {399: 399}
+    assert len(decoded) == 2
 
 
 def test_segments_that_a_reset_removed_do_not_confuse_who_was_seen_after_them(open_store: Open) -> None:
