@@ -46,19 +46,25 @@ def role_of(method: str) -> Role:
     return _ROLES.get(method) or (Role.READ if name.startswith(_READS) else Role.ADMIN)
 
 
-def systems_of(message: Message) -> Iterator[str]:
-    """Yield the systems that a request is about: each ``system`` in it, or the id of a ``System``."""
+def systems_of(message: Message, *, is_within: bool = False) -> Iterator[str]:
+    """Yield the systems that a request is about: each ``system`` in it, or the id of a ``System``.
+
+    Where none is said it is the default, unless the message ``is_within`` one that says for which system that is.
+    """
     descriptor = message.DESCRIPTOR
     if descriptor.name == "System":
         yield getattr(message, "id", "")
         return
     for field in descriptor.fields:
         if field.name == "system" and field.message_type is None:
-            yield getattr(message, "system") or DEFAULT_SYSTEM  # noqa: B009
+            system = getattr(message, "system")  # noqa: B009
+            if system or not is_within:
+                yield system or DEFAULT_SYSTEM
+            is_within = True
     for field, value in message.ListFields():
         if field.message_type is not None and field.message_type.file.package == descriptor.file.package:
             for part in value if isinstance(value, Iterable) else (value,):
-                yield from systems_of(part)
+                yield from systems_of(part, is_within=is_within)
 
 
 class Door(grpc.aio.ServerInterceptor):

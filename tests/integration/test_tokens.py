@@ -20,7 +20,7 @@ from modpressure.client import Client
 from modpressure.errors import Forbidden, ModpressureError, Unauthenticated, Unavailable
 from modpressure.tls import BadCredentials, open_channel
 from modpressure.tokens import BadTokenFile, Role, TokenFile, digest, entry, new_token, read_tokens
-from modpressure.v1 import ledger_service_pb2, loader_service_pb2, stats_service_pb2
+from modpressure.v1 import call_pb2, ledger_service_pb2, loader_service_pb2, stats_service_pb2
 from modpressure.v1.stats_service_pb2_grpc import StatsServiceStub
 from tests.services import Launch, Process
 
@@ -139,6 +139,16 @@ async def test_a_token_is_good_for_its_systems_alone(doors: Doors) -> None:
         await one.close()
 
 
+async def test_a_loader_with_a_token_for_some_systems_loads_in_these(doors: Doors, tmp_path: Path) -> None:
+    own = tmp_path / "own.token"
+    own.write_text(doors.add("own", Role.LOAD, systems=("ci-*",)))
+    loader = doors.start_loader(own)
+    client = Client([loader.address], doors.stats.address, timeout_seconds=20, token=doors.add("all", Role.ADMIN))
+    assert await loaded(client, "ci-1") == ""
+    assert (await client.unload("minix", system="ci-1")).unload.errno == ""
+    await client.close()
+
+
 async def test_a_loader_without_a_good_token_says_so_and_serves_nobody(doors: Doors, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.token"
     wrong.write_text(new_token())
@@ -217,6 +227,13 @@ def test_the_systems_of_a_request_are_found_wherever_they_are() -> None:
     operations = [ledger.Operation(system="a"), ledger.Operation(system="b"), ledger.Operation()]
     batch = ledger.ConnectRequest(batch=ledger.OperationBatch(operations=operations))
     assert set(systems_of(batch)) == {"a", "b", "default"}
+    # What is within an operation is of its system, whether it says so again or not.
+    finish = ledger.FinishCall(call=call_pb2.Call(module="xfs"))
+    operations = [ledger.Operation(system="a", finish_call=finish)]
+    assert set(systems_of(ledger.OperationBatch(operations=operations))) == {"a"}
+    finish.call.system = "b"
+    operations = [ledger.Operation(system="a", finish_call=finish)]
+    assert set(systems_of(ledger.OperationBatch(operations=operations))) == {"a", "b"}
     load = loader_service_pb2.LoadModuleRequest(system="c")
     many = loader_service_pb2.LoadModulesRequest(requests=[loader_service_pb2.ModuleRequest(load=load)])
     assert set(systems_of(many)) == {"c"}
