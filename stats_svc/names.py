@@ -14,6 +14,15 @@ MAX_FORMER_INSTANCES: Final = 1000
 MAX_REQUEST_ID_BYTES: Final = 128
 MAX_DIGEST_BYTES: Final = 64
 
+MAX_RECORD_BYTES: Final = 1 << 20
+"""Longest record of the calls that were made for a request, which is told in one answer."""
+
+MAX_RESULT_BYTES: Final = 64 * 1024
+"""Longest result that a claim is settled with."""
+
+MAX_TOLD_RECORD_BYTES: Final = MAX_RECORD_BYTES + 2 * MAX_RESULT_BYTES
+"""Longest record with its result, and with what stats_svc fills in of each call."""
+
 MAX_SYMBOLS: Final = 20_000
 """Symbols that a call asks for at once; the most that a module of a Debian kernel imports is some thousands."""
 

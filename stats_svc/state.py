@@ -19,7 +19,14 @@ from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.claims import Claim
 from stats_svc.group import Group
 from stats_svc.limited_memory import allocation_from_proto
-from stats_svc.names import check_claim, check_module_name, check_symbols, check_system_id
+from stats_svc.names import (
+    MAX_RECORD_BYTES,
+    MAX_RESULT_BYTES,
+    check_claim,
+    check_module_name,
+    check_symbols,
+    check_system_id,
+)
 from stats_svc.rows import ClaimKey, ClaimRow, Snapshot, SystemRow, SystemSnapshot
 from stats_svc.session import MAX_INTERRUPTED, Caller, Fence, Instance, Session
 from stats_svc.system import MAX_COUNTED_BYTES, System, Woken
@@ -60,13 +67,6 @@ _STEPS: Final = frozenset(
 
 _NAMING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "form_module"})
 """Those that name the call's module."""
-
-MAX_RECORD_BYTES: Final = 1 << 20
-"""Longest record of what was done for a request, which is told in one answer."""
-
-MAX_RESULT_BYTES: Final = 64 * 1024
-"""Longest result that a claim is settled with."""
-
 
 IMPORTS: Final = 2
 """Systems that are imported at once."""
@@ -331,11 +331,8 @@ class LedgerState:
     def _finish_call(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         call_id, instance, finish = operation.call_id, session.instance, operation.finish_call
         claim = self._claim_of(system, (instance.id, finish.claim)) if finish.claim else None
-        if claim is not None and claim.record.ByteSize() + finish.call.ByteSize() > MAX_RECORD_BYTES:
-            raise BadRequest(
-                f"the record of request {claim.request_id!r} can't be longer than {MAX_RECORD_BYTES} bytes",
-                field="claim",
-            )
+        if claim is not None:
+            _check_room(claim, finish.call.ByteSize() + len(finish.part.encode()))
         event_id, woken = system.finish(group, instance, call_id, finish)
         instance.interrupted.pop(call_id, None)
         self._answer(group, session, call_id, PROCEED, event_id)
@@ -350,6 +347,8 @@ class LedgerState:
     def _remove_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         call_id, instance, asked = operation.call_id, session.instance, operation.remove_module
         claim = self._claim_of(system, (instance.id, asked.claim)) if asked.claim else None
+        if claim is not None:
+            _check_room(claim, asked.unload.ByteSize())
         event_id, answer = system.unload(group, instance, call_id, asked.unload)
         self._answer(group, session, call_id, answer, event_id)
         if claim is not None:
@@ -665,6 +664,14 @@ def check_imported(snapshot: SystemSnapshot) -> None:
     taken = () if system.memory is None else system.memory.account.taken
     if system.has_calls_in_flight or any(amount > MAX_COUNTED_BYTES for amount in taken):
         raise BadRequest("the file can't be imported: its memory is held by nobody, or too much", field="chunk")
+
+
+def _check_room(claim: Claim, part_bytes: int) -> None:
+    """Return if a part may be added to a claim's record. BadRequest if that would be too long to be told."""
+    if claim.record.ByteSize() + part_bytes > MAX_RECORD_BYTES:
+        raise BadRequest(
+            f"the record of request {claim.request_id!r} can't be longer than {MAX_RECORD_BYTES} bytes", field="claim"
+        )
 
 
 def _place(

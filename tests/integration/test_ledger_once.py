@@ -15,8 +15,8 @@ from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc import state
 from stats_svc.ledger import CLAIM_SECONDS, INSTANCE_SECONDS, PRUNED_ROWS, Ledger
+from stats_svc.names import MAX_RECORD_BYTES
 from stats_svc.rows import Retention, SystemRow
-from stats_svc.state import MAX_RECORD_BYTES
 from tests.integration.test_ledger import (
     DUPLICATE,
     INTERRUPTED,
@@ -490,8 +490,13 @@ async def test_what_a_claim_is_answered_with_is_bounded(bench: Bench) -> None:
         assert result.verdict == PROCEED
     assert result.message == f"the record of request 'r' can't be longer than {MAX_RECORD_BYTES} bytes"
     assert counted(bench).counters.calls == call_id - 2 == 10
+    # However it is that a part is long.
+    too_long = [part(fail(99), 1, "x" * MAX_RECORD_BYTES), part(remove(100), 1)]
+    too_long[1].remove_module.unload.worker = "x" * MAX_RECORD_BYTES
+    for operation in too_long:
+        assert (await a.ask(operation)).verdict == INVALID
     # The claim goes on with what it has.
-    await a.ask(part(fail(100), 1))
+    await a.ask(part(fail(101), 1))
     assert len((await b.ask(claim(1))).record.parts) == 11
 
 
