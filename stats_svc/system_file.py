@@ -24,13 +24,22 @@ from modpressure.errors import BadRequest, OverLimit, shown
 from modpressure.kernel.modules_list import State
 from modpressure.v1 import call_pb2, ledger_service_pb2, stats_service_pb2
 from stats_svc import schema
-from stats_svc.names import check_system_id
+from stats_svc.names import MAX_TOLD_RECORD_BYTES, check_system_id
 from stats_svc.rows import SegmentKind
 
 FORMAT: Final = "modpressure system"
 FORMAT_VERSION: Final = 1
 
 MAX_LINE_BYTES: Final = 64 << 20
+_LONG_BYTES: Final = 1 << 16
+"""A line that is longer holds bytes in base64, and no text that would have to be escaped."""
+
+_MAX_PARTS: Final = 10_000
+"""Commas and brackets of a line. Ours have some dozens; of millions JSON would make a hundred times as many bytes."""
+
+MAX_SEGMENT_EVENTS: Final = 100_000
+"""Events of a segment: ours have some thousands, and whoever reads one of them reads all."""
+
 _CHUNK_BYTES: Final = 1 << 18
 _BATCH_ROWS: Final = 200
 _BATCH_SEGMENTS: Final = 16
@@ -40,6 +49,9 @@ _BATCH_BYTES: Final = 1 << 20
 _SLICE_BYTES: Final = 512
 """What is unpacked in one go: at most 16 MiB come of it, as no block of zstd has more than 128 KiB, or takes less than
 four bytes (RFC 8878, 3.1.1.2)."""
+
+_LENGTH_DELIMITED: Final = 2
+_MAX_SHIFT: Final = 28
 
 _MAX_NUMBER: Final = (1 << 63) - 1
 _MAX_COUNT: Final = 1 << 62
@@ -197,7 +209,7 @@ class Reader:
     def _take_text(self, text: bytes) -> None:
         self._lines += 1
         try:
-            line = json.loads(text)
+            line = json.loads(text) if _is_like_ours(text) else None
         except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
@@ -266,6 +278,13 @@ def insert(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) 
         raise _bad(f"rows of {table.name} contradict each other") from None
 
 
+def _is_like_ours(text: bytes) -> bool:
+    """Return whether what JSON makes of a line takes no more memory than a row may, by what it looks like."""
+    if not text.isascii() or (len(text) > _LONG_BYTES and b"\\" in text):
+        return False
+    return text.count(b",") + text.count(b"[") + text.count(b"{") <= _MAX_PARTS
+
+
 def _header(line: dict[str, Any]) -> dict[str, Any]:
     if line.get("format") != FORMAT:
         raise _bad("it does not begin as an exported system does")
@@ -326,10 +345,12 @@ def _check_segment(values: dict[str, Any], count: int) -> None:
     size = values["last_event_id"] - values["first_event_id"] + 1
     try:
         kind = SegmentKind(values["kind"])
-        # It says how long it is before anything is made of it.
-        if not 0 <= zstandard.frame_content_size(values["events"]) <= MAX_LINE_BYTES:
+        # It says how long it is, and how many events it has, before anything is made of it.
+        if size > MAX_SEGMENT_EVENTS or not 0 <= zstandard.frame_content_size(values["events"]) <= MAX_LINE_BYTES:
             raise ValueError
         encoded = zstandard.decompress(values["events"])
+        if not _has_parts(encoded, size):
+            raise ValueError
         events: Iterable[Any]
         if kind is SegmentKind.EVENTS:
             events = stats_service_pb2.ListEventsResponse.FromString(encoded).events
@@ -342,9 +363,35 @@ def _check_segment(values: dict[str, Any], count: int) -> None:
         raise _bad(f"the events of row {count} can't be read")
 
 
+def _has_parts(encoded: bytes, number: int) -> bool:
+    """Return whether a message has so many parts that are messages or bytes, and nothing else, without parsing these.
+
+    A part takes two bytes of a message, and a hundred when it is parsed.
+    """
+    at = found = 0
+    while at < len(encoded) and found < number:
+        # Ours have numbers below 16, which take one byte; 2 is the wire type of what tells its length.
+        if encoded[at] & 0x87 != _LENGTH_DELIMITED:
+            return False
+        length = shift = 0
+        while True:
+            at += 1
+            if at >= len(encoded) or shift > _MAX_SHIFT:
+                return False
+            length |= (encoded[at] & 0x7F) << shift
+            shift += 7
+            if encoded[at] < 0x80:
+                break
+        at += 1 + length
+        found += 1
+    return (at, found) == (len(encoded), number)
+
+
 def _check_record(record: bytes, count: int) -> None:
-    """Return if what was done for a client's request can be read back."""
+    """Return if what was done for a client's request can be read back, and told in one answer."""
     try:
+        if len(record) > MAX_TOLD_RECORD_BYTES:
+            raise DecodeError
         ledger_service_pb2.ClaimRecord.FromString(record)
     except DecodeError:
         raise _bad(f"record of row {count} of claims can't be read") from None

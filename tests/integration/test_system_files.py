@@ -21,6 +21,7 @@ from modpressure.v1 import ledger_service_pb2
 from modpressure.v1.call_pb2 import Event
 from modpressure.v1.stats_service_pb2 import ListEventsResponse, MemoryAmounts
 from stats_svc import schema
+from stats_svc.names import MAX_RECORD_BYTES
 from tests.services import Hand, Launch, Process
 
 Services = Callable[[str], Process]
@@ -201,10 +202,19 @@ NONSENSE = "////"
 """No message of any type, in base64."""
 
 
-def with_rows(**rows: dict[str, Any]) -> bytes:
+def with_rows(systems: dict[str, Any] | None = None, **rows: dict[str, Any]) -> bytes:
     """Pack a system with a row of each of some tables."""
     others = [{"table": table, "row": values} for table, values in rows.items()]
-    return packed(header(), row(), *others, {"rows": 1 + len(others)})
+    return packed(header(), row(**systems or {}), *others, {"rows": 1 + len(others)})
+
+
+def many_events(number: int) -> str:
+    """Return so many events without content, two bytes each, packed."""
+    return base64.b64encode(zstandard.compress(b"\x0a\x00" * number)).decode()
+
+
+def told_record(size_bytes: int) -> str:
+    return base64.b64encode(ledger_service_pb2.ClaimRecord(result=b"x" * size_bytes).SerializeToString()).decode()
 
 
 EXPORTS = ledger_service_pb2.Exports(exports=[ledger_service_pb2.Export(symbol="crc32c")]).SerializeToString()
@@ -255,6 +265,29 @@ BAD: dict[str, tuple[bytes, str]] = {
             }
         ),
         "module of row 2 of failed_modules can't be",
+    ),
+    "many-events": (
+        with_rows(event_segments={**SEGMENT, "last_event_id": 1, "events": many_events(1_000_000)}),
+        "the events of row 2 can't be read",
+    ),
+    "more-events-than-are-read": (
+        with_rows(
+            systems={"next_event_id": 1_000_001},
+            event_segments={**SEGMENT, "last_event_id": 1_000_000, "events": many_events(1_000_000)},
+        ),
+        "the events of row 2 can't be read",
+    ),
+    "nested": (
+        zstandard.compress(json.dumps(header()).encode() + b'\n{"table":[' + b"[]," * 1_000_000 + b"[]]}\n"),
+        "line 2 is not JSON of an object",
+    ),
+    "wide": (
+        zstandard.compress(json.dumps(header()).encode() + b'\n{"table":"\\ud83d\\ude00' + b"x" * 100_000 + b'"}\n'),
+        "line 2 is not JSON of an object",
+    ),
+    "long-record": (
+        with_rows(claims={**CLAIM, "record": told_record(2 * MAX_RECORD_BYTES)}),
+        "record of row 2 of claims can't be read",
     ),
     "record": (with_rows(claims={**CLAIM, "record": NONSENSE}), "record of row 2 of claims can't be read"),
     "held-claim": (with_rows(claims={**CLAIM, "instance_id": "i"}), "row 2 is a claim that is not settled"),
