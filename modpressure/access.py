@@ -18,7 +18,7 @@ from modpressure.fair import FLOW, Flow
 from modpressure.grpc_errors import abort_with
 from modpressure.handlers import rebuilt
 from modpressure.malformed import Malformed
-from modpressure.tokens import Grant, Role, TokenFile
+from modpressure.tokens import Role, TokenFile, digest_of
 
 AUTHORIZATION: Final = "authorization"
 DEFAULT_SYSTEM: Final = "default"
@@ -36,8 +36,8 @@ _ROLES: Final = {
 }
 _READS: Final = ("Get", "List", "Watch")
 
-_GRANT: Final[ContextVar[Grant | ModpressureError]] = ContextVar("grant")
-"""In the task of an RPC: what its token allows, or why it is not let in."""
+_PASS: Final[ContextVar[_Pass | ModpressureError]] = ContextVar("pass")
+"""In the task of an RPC: the token that it shows, or why it is not let in."""
 
 
 def role_of(method: str) -> Role:
@@ -67,6 +67,43 @@ def systems_of(message: Message, *, is_within: bool = False) -> Iterator[str]:
                 yield from systems_of(part, is_within=is_within)
 
 
+class _Pass:
+    """The token of one RPC. What it allows may change, and end, while the RPC goes on."""
+
+    __slots__ = ("_hashed", "_method", "_tokens", "grant")
+
+    def __init__(self, tokens: TokenFile, hashed: str, method: str) -> None:
+        """Look what the token of a digest allows. Unauthenticated."""
+        self._tokens = tokens
+        self._hashed = hashed
+        self._method = method
+        self.grant = tokens.grant_of(hashed)
+        """What it allowed when that was last looked at."""
+
+    def look(self, request: Message | Malformed | None) -> None:
+        """Return if it allows the method and a request now. Unauthenticated, Forbidden.
+
+        Of a stream of requests, which are looked at one by one, there is none where answers are.
+        """
+        self.grant = self._tokens.grant_of(self._hashed)
+        self.check_method()
+        if request is not None:
+            self.check(request)
+
+    def check_method(self) -> None:
+        """Return if it allows the method. Forbidden."""
+        self.grant.check_role(role_of(self._method))
+        if self._method.endswith("/ListSystems") and not self.grant.is_for_all_systems:
+            # It names all of them.
+            raise Forbidden(f"token {self.grant.name!r} is not for all systems", field="system")
+
+    def check(self, request: Message | Malformed) -> None:
+        """Return if a request is for systems that it is good for. Forbidden."""
+        # What is no message is refused by the handler.
+        if not self.grant.is_for_all_systems and not isinstance(request, Malformed):
+            self.grant.check_systems(systems_of(request))
+
+
 class Door(grpc.aio.ServerInterceptor):
     """Lets in only whose token allows what they ask, and only for as long as it does."""
 
@@ -85,15 +122,12 @@ class Door(grpc.aio.ServerInterceptor):
             (value for key, value in handler_call_details.invocation_metadata or () if key == AUTHORIZATION), ""
         )
         try:
-            grant = self._tokens.grant(str(authorization))
-            FLOW.set(Flow(f"token {grant.name}"))
-            grant.check_role(role_of(method))
-            if method.endswith("/ListSystems"):
-                # It names all of them.
-                grant.check_systems(["*"])
-            _GRANT.set(grant)
+            shown = _Pass(self._tokens, digest_of(str(authorization)), method)
+            FLOW.set(Flow(f"token {shown.grant.name}"))
+            shown.check_method()
+            _PASS.set(shown)
         except ModpressureError as error:
-            _GRANT.set(error)
+            _PASS.set(error)
         known, guarded = self._guarded.get(method, (None, None))
         if known is not handler:
             guarded = _guard(handler, method)
@@ -102,8 +136,9 @@ class Door(grpc.aio.ServerInterceptor):
 
 
 @contextlib.asynccontextmanager
-async def _refusals(context: Any, method: str, grant: Grant) -> AsyncIterator[None]:
-    """Abort what goes on for longer than the grant, or asks for more."""
+async def _refusals(context: Any, method: str, shown: _Pass) -> AsyncIterator[None]:
+    """Abort what goes on for longer than the token is good, or asks for more."""
+    grant = shown.grant
     try:
         if grant.expires is None:
             yield
@@ -120,55 +155,49 @@ async def _refusals(context: Any, method: str, grant: Grant) -> AsyncIterator[No
         await abort_with(context, method, error)
 
 
-def _check(request: Message | Malformed, grant: Grant) -> None:
-    """Return if a request is for systems of a grant that is still good. Forbidden, Unauthenticated."""
-    grant.check_time(time.time())
-    # What is no message is refused by the handler.
-    if not grant.is_for_all_systems and not isinstance(request, Malformed):
-        grant.check_systems(systems_of(request))
-
-
-async def _checked(requests: AsyncIterator[Any], grant: Grant) -> AsyncIterator[Any]:
+async def _checked(requests: AsyncIterator[Any], shown: _Pass) -> AsyncIterator[Any]:
     async for request in requests:
-        _check(request, grant)
+        shown.look(request)
         yield request
 
 
 def _guard(handler: Any, method: str) -> Any:
-    """Return a handler that looks at each request's systems, and ends when the RPC's grant does.
+    """Return a handler that looks at each request's systems, and ends when the RPC's token does.
 
-    One for all RPCs of the method: what differs is in ``_GRANT``.
+    One for all RPCs of the method: what differs is in ``_PASS``.
     """
     inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-    async def granted(context: Any) -> Grant:
-        grant = _GRANT.get()
-        if isinstance(grant, ModpressureError):
-            await abort_with(context, method, grant)
-        return grant
+    async def let_in(context: Any) -> _Pass:
+        shown = _PASS.get()
+        if isinstance(shown, ModpressureError):
+            await abort_with(context, method, shown)
+        return shown
 
-    def begun(request: Any, context: Any, grant: Grant) -> Any:
+    def begun(request: Any, context: Any, shown: _Pass) -> Any:
         if handler.request_streaming:
-            return inner(_checked(request, grant), context)
-        _check(request, grant)
+            return inner(_checked(request, shown), context)
+        shown.grant.check_time(time.time())
+        shown.check(request)
         return inner(request, context)
 
     async def awaited(request: Any, context: Any) -> Any:
-        grant = await granted(context)
-        async with _refusals(context, method, grant):
-            return await begun(request, context, grant)
+        shown = await let_in(context)
+        async with _refusals(context, method, shown):
+            return await begun(request, context, shown)
 
     async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
-        grant = await granted(context)
+        shown = await let_in(context)
         responses: Any = None
         try:
             while True:
-                async with _refusals(context, method, grant):
-                    responses = responses or begun(request, context, grant)
+                async with _refusals(context, method, shown):
+                    responses = responses or begun(request, context, shown)
                     try:
                         response = await anext(responses)
                     except StopAsyncIteration:
                         return
+                    shown.look(None if handler.request_streaming else request)
                 yield response
         finally:
             if responses is not None:

@@ -91,6 +91,14 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def digest_of(authorization: str) -> str:
+    """Return the digest of the token in the value of an ``authorization`` header. Unauthenticated if it has none."""
+    scheme, _, token = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated("a token is needed: metadata 'authorization: Bearer TOKEN'")
+    return digest(token.strip())
+
+
 def new_token() -> str:
     """Return a new token: 256 random bits as 43 letters, digits, ``-`` and ``_``."""
     return secrets.token_urlsafe(32)
@@ -192,15 +200,16 @@ class TokenFile:
         else:
             _log.info("took new tokens", path=str(self._path), tokens=len(self._grants))
 
-    def grant(self, authorization: str, *, now_seconds: float | None = None) -> Grant:
+    def grant(self, authorization: str) -> Grant:
         """Return what the value of an ``authorization`` header allows. Unauthenticated if it is none that is known."""
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated("a token is needed: metadata 'authorization: Bearer TOKEN'")
+        return self.grant_of(digest_of(authorization))
+
+    def grant_of(self, hashed: str) -> Grant:
+        """Return what the token of a digest allows now. Unauthenticated if there is none, or it has expired."""
         with self._lock:
             self._follow()
-            grant = self._grants.get(digest(token.strip()))
+            grant = self._grants.get(hashed)
         if grant is None:
             raise Unauthenticated("the token is not known here")
-        grant.check_time(time.time() if now_seconds is None else now_seconds)
+        grant.check_time(time.time())
         return grant

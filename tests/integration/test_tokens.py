@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,21 @@ import pytest
 from modpressure.access import Door, role_of, systems_of
 from modpressure.client import Client
 from modpressure.errors import Forbidden, ModpressureError, Unauthenticated, Unavailable
+from modpressure.grpc_errors import translate_errors
+from modpressure.grpc_server import GrpcServer
 from modpressure.tls import BadCredentials, open_channel
 from modpressure.tokens import BadTokenFile, Role, TokenFile, digest, entry, new_token, read_tokens
 from modpressure.v1 import call_pb2, ledger_service_pb2, loader_service_pb2, stats_service_pb2
-from modpressure.v1.stats_service_pb2_grpc import StatsServiceStub
+from modpressure.v1.loader_service_pb2_grpc import (
+    LoaderServiceServicer,
+    LoaderServiceStub,
+    add_LoaderServiceServicer_to_server,
+)
+from modpressure.v1.stats_service_pb2_grpc import (
+    StatsServiceServicer,
+    StatsServiceStub,
+    add_StatsServiceServicer_to_server,
+)
 from tests.services import Launch, Process
 
 RPCS = [
@@ -132,7 +144,7 @@ async def test_a_token_is_good_for_its_systems_alone(doors: Doors) -> None:
         assert await refused(asked, Forbidden) == "token 'ci' is not for system 'other'"
     # Where none is said it is the default, which is another one, too.
     assert await refused(client.stats(), Forbidden) == "token 'ci' is not for system 'default'"
-    with pytest.raises(Forbidden, match="token 'ci' is not for system"):
+    with pytest.raises(Forbidden, match="token 'ci' is not for all systems"):
         async for _ in client.systems():
             raise AssertionError
     for one in doors.clients:
@@ -172,6 +184,72 @@ async def test_a_token_that_is_taken_out_of_the_file_opens_nothing_any_more(door
     doors.file.write_text("")
     assert await refused(client.stats("default"), Unauthenticated) == "the token is not known here"
     await client.close()
+
+
+class Echo(LoaderServiceServicer, StatsServiceServicer):
+    """Answers each request of a stream, and tells watchers when something has changed."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.carried_out = 0
+
+    async def LoadModules(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        async with translate_errors(context, "Echo.LoadModules"):
+            async for _ in requests:
+                self.carried_out += 1
+                yield loader_service_pb2.LoadModulesResponse()
+
+    async def WatchStats(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        while True:
+            yield stats_service_pb2.WatchStatsResponse()
+            await self.changed.wait()
+
+
+@pytest.mark.parametrize(
+    ("now", "sentence"),
+    [
+        ("gone", "the token is not known here"),
+        ("other role", "token 'one' may not (load|read): it is for (load|read)"),
+        ("other system", "token 'one' is not for system 'default'"),
+    ],
+)
+@pytest.mark.parametrize("role", [Role.LOAD, Role.READ])
+async def test_a_stream_ends_when_its_token_is_taken_out_of_the_file(
+    tmp_path: Path, role: Role, now: str, sentence: str
+) -> None:
+    file, token, echo = tmp_path / "tokens.toml", new_token(), Echo()
+    file.write_text(entry(token, "one", [role], ["*"]))
+    server = GrpcServer("127.0.0.1:0", tokens=TokenFile(file), grace_seconds=5)
+    server.add(echo, add_LoaderServiceServicer_to_server, "modpressure.v1.LoaderService")
+    server.add(echo, add_StatsServiceServicer_to_server, "modpressure.v1.StatsService")
+    address = await server.start()
+    other = Role.READ if role is Role.LOAD else Role.LOAD
+    entries = {
+        "gone": "",
+        "other role": entry(token, "one", [other], ["*"]),
+        "other system": entry(token, "one", [role], ["ci-*"]),
+    }
+    async with open_channel(address, None, token=token) as channel:
+        if role is Role.LOAD:
+            asked = loader_service_pb2.LoadModulesRequest()
+            asked.requests.add().load.module = "xfs"
+            call = LoaderServiceStub(channel).LoadModules()
+            await call.write(asked)
+            await call.read()
+            file.write_text(entries[now])
+            await call.write(asked)
+        else:
+            call = StatsServiceStub(channel).WatchStats(stats_service_pb2.WatchStatsRequest())
+            await call.read()
+            file.write_text(entries[now])
+            echo.changed.set()
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            while await call.read() is not grpc.aio.EOF:
+                assert echo.carried_out <= 1
+    codes = {grpc.StatusCode.UNAUTHENTICATED} if now == "gone" else {grpc.StatusCode.PERMISSION_DENIED}
+    assert ended.value.code() in codes and re.fullmatch(sentence, ended.value.details() or "")
+    assert echo.carried_out <= 1
+    await server.stop()
 
 
 async def test_a_stream_ends_when_its_token_does(doors: Doors) -> None:
@@ -239,6 +317,19 @@ def test_the_systems_of_a_request_are_found_wherever_they_are() -> None:
     assert set(systems_of(many)) == {"c"}
     create = stats_service_pb2.CreateSystemRequest(system=stats_service_pb2.System(id="d"))
     assert set(systems_of(create)) == {"d"}
+
+
+async def test_who_may_not_see_all_systems_is_not_told_their_names(tmp_path: Path) -> None:
+    file, token = tmp_path / "tokens.toml", new_token()
+    # That fits a star, too, which is not the name of any.
+    file.write_text(entry(token, "one", [Role.READ], ["?"]))
+    server = GrpcServer("127.0.0.1:0", tokens=TokenFile(file), grace_seconds=5)
+    server.add(StatsServiceServicer(), add_StatsServiceServicer_to_server, "modpressure.v1.StatsService")
+    client = Client(stats=await server.start(), token=token)
+    with pytest.raises(Forbidden, match="token 'one' is not for all systems"):
+        await anext(client.systems())
+    await client.close()
+    await server.stop()
 
 
 async def test_a_token_is_not_sent_where_others_could_read_it() -> None:
