@@ -18,7 +18,7 @@ from modpressure.fair import FLOW, Flow
 from modpressure.grpc_errors import abort_with
 from modpressure.handlers import rebuilt
 from modpressure.malformed import Malformed
-from modpressure.tokens import Role, TokenFile, digest_of
+from modpressure.tokens import ALL, Role, TokenFile, digest_of
 
 AUTHORIZATION: Final = "authorization"
 DEFAULT_SYSTEM: Final = "default"
@@ -38,6 +38,12 @@ _READS: Final = ("Get", "List", "Watch")
 
 _PASS: Final[ContextVar[_Pass | ModpressureError]] = ContextVar("pass")
 """In the task of an RPC: the token that it shows, or why it is not let in."""
+
+
+def patterns() -> tuple[str, ...]:
+    """Return which systems the token of this task's RPC is for, all of them where none is asked for."""
+    shown = _PASS.get(None)
+    return shown.grant.systems if isinstance(shown, _Pass) else (ALL,)
 
 
 def role_of(method: str) -> Role:

@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -31,6 +31,9 @@ import structlog
 from modpressure.errors import BadRequest, Forbidden, ModpressureError, Unauthenticated, shown
 
 _log = structlog.get_logger(__name__)
+
+ALL: Final = "*"
+"""The pattern of all systems."""
 
 _KEYS: Final = ("name", "sha256", "roles", "systems", "expires")
 
@@ -74,16 +77,24 @@ class Grant:
 
     def check_systems(self, systems: Iterable[str]) -> None:
         """Return if it is good for all of these systems. Forbidden names one that it is not good for."""
-        if "*" in self.systems:
-            return
         for system in systems:
-            if not any(fnmatch.fnmatchcase(system, pattern) for pattern in self.systems):
+            if not is_for(self.systems, system):
                 raise Forbidden(f"token {self.name!r} is not for system {shown(system)}", field="system")
 
     @property
     def is_for_all_systems(self) -> bool:
         """Whether it is good for every system."""
-        return "*" in self.systems
+        return ALL in self.systems
+
+
+def is_for(patterns: Iterable[str], system: str) -> bool:
+    """Return whether a system is one of those that patterns name."""
+    return any(fnmatch.fnmatchcase(system, pattern) for pattern in patterns)
+
+
+def covers(patterns: Collection[str], others: Iterable[str]) -> bool:
+    """Return whether patterns are sure to name all systems that others do."""
+    return ALL in patterns or set(others) <= set(patterns)
 
 
 def digest(token: str) -> str:

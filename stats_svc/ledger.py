@@ -33,9 +33,10 @@ from typing import Final, TypeVar
 
 import structlog
 
-from modpressure.errors import BadRequest, LeaseEnded, ModpressureError, Replaced, Unavailable
+from modpressure.errors import BadRequest, Forbidden, LeaseEnded, ModpressureError, Replaced, Unavailable
 from modpressure.kernel.counters import SIZE_BITS
 from modpressure.kernel.system_memory import Amounts
+from modpressure.tokens import ALL, covers, is_for
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.ages import Ages
 from stats_svc.events import EventLog
@@ -261,10 +262,11 @@ class Ledger:
 
     # --- streams ---
 
-    async def connect(self, hello: pb.Hello) -> tuple[Session, pb.Welcome]:
-        """Begin a stream; an older one of the same loader process ends.
+    async def connect(self, hello: pb.Hello, patterns: tuple[str, ...] = (ALL,)) -> tuple[Session, pb.Welcome]:
+        """Begin a stream of who may use the systems of some patterns; an older one of the same loader process ends.
 
-        BadRequest if the hello makes no sense, Unavailable while the database is away.
+        BadRequest if the hello makes no sense, Forbidden if it is in the name of a process that may use more systems,
+        Unavailable while the database is away.
         """
         check_hello(hello.instance_id, hello.loader, hello.former_instance_ids)
         self._check_available()
@@ -273,9 +275,15 @@ class Ledger:
         instance = self._state.instances.get(hello.instance_id)
         if instance is not None and instance.fence:
             raise _refusal(instance.id, instance.loader, instance.fence)
-        for other in list(self._state.instances.values()):
-            if other.loader == hello.loader and other.fence is Fence.NONE and other is not instance:
-                self._fence(other, Fence.REPLACED)
+        others = [
+            other
+            for other in self._state.instances.values()
+            if other.loader == hello.loader and other.fence is Fence.NONE and other is not instance
+        ]
+        for one in [*others, *([instance] if instance is not None else [])]:
+            self._check_covered(one, patterns, is_same=one is instance)
+        for other in others:
+            self._fence(other, Fence.REPLACED)
         if instance is None:
             instance = Instance(hello.instance_id, hello.loader)
             self._state.instances[instance.id] = instance
@@ -285,6 +293,7 @@ class Ledger:
             instance.loader = hello.loader
         if instance.session is not None:
             self.disconnect(instance.session, Unavailable("the loader has opened another stream"))
+        instance.patterns = patterns
         session = instance.session = Session(
             instance, strict=not instance.restored, heartbeats=hello.heartbeats, heard_at=self._clock()
         )
@@ -308,6 +317,24 @@ class Ledger:
         return session, pb.Welcome(
             applied_sequence=instance.applied_sequence, lease_seconds=lease_seconds, heartbeats=lease_seconds > 0
         )
+
+    def _check_covered(self, one: Instance, patterns: tuple[str, ...], *, is_same: bool) -> None:
+        """Return if who may use the systems of some patterns may go on as a loader process, or take its place.
+
+        Forbidden if not: what its calls hold elsewhere would be given back. Where it has shown no token since a start,
+        it is the same if it holds nothing elsewhere; until its lease ends nobody takes its place who may not use all.
+        """
+        if one.patterns is not None:
+            may = covers(patterns, one.patterns)
+        elif is_same:
+            may = all(is_for(patterns, system) for system in self._state.systems_held_by(one))
+        else:
+            may = ALL in patterns
+        if not may:
+            raise Forbidden(
+                f"the token is for fewer systems than that of process {one.id}, which is loader {one.loader!r}",
+                field="loader",
+            )
 
     async def _check_not_over(self, instance_id: str) -> None:
         """Return if a loader process that is not in memory is none that is fenced: those are stored, and forgotten."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+from modpressure.access import patterns
 from modpressure.errors import BadRequest, OverLimit
 from modpressure.grpc_errors import translate_errors
 from modpressure.v1 import ledger_service_pb2 as pb
@@ -36,7 +37,7 @@ class LedgerServicer(LedgerServiceServicer):
             first = await anext(request_iterator, None)
             if first is None or first.WhichOneof("kind") != "hello":
                 raise BadRequest("the first message of a stream must be a hello", field="hello")
-            session, welcome = await self._ledger.connect(first.hello)
+            session, welcome = await self._ledger.connect(first.hello, patterns())
             graceful = False
             try:
                 await context.write(pb.ConnectResponse(welcome=welcome))

@@ -182,6 +182,10 @@ class Instance:
     former: tuple[str, ...] = ()
     """Ids that the same process had before."""
 
+    patterns: tuple[str, ...] | None = None
+    """Which systems the token is for that it showed last; None if it has shown none since it was loaded from the store.
+    Who shows one for fewer can't be it, nor take its place."""
+
     held_bytes: int = 0
     calls: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Calls that have not ended, as far as they have asked something: system and module of each, if that was said."""

@@ -14,6 +14,7 @@ from typing import Final
 from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotFound, NotNow, Overloaded, shown
 from modpressure.kernel.modules_list import PROCEED, Answer, State, Verdict
 from modpressure.kernel.system_memory import Amounts
+from modpressure.tokens import covers
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.claims import Claim
@@ -505,7 +506,10 @@ class LedgerState:
     def inherit(self, instance: Instance, former: Iterable[str]) -> None:
         """Note which ids the process of an instance had before, while it is connected."""
         instance.former = tuple(former)
-        self._heirs.update(dict.fromkeys(instance.former, instance))
+        for former_id in instance.former:
+            heir = self._heirs.get(former_id)
+            if heir is None or covers(instance.patterns or (), heir.patterns or ()):
+                self._heirs[former_id] = instance
 
     def disinherit(self, instance: Instance) -> None:
         """Forget them; when it comes back it says so again."""
@@ -515,7 +519,8 @@ class LedgerState:
 
     def heir_of(self, instance_id: str) -> Instance | None:
         """Return the loader process that had an id last; None if it is over or away."""
-        return self._heirs.get(instance_id) or self.instances.get(instance_id)
+        itself = self.instances.get(instance_id)
+        return self._heirs.get(instance_id) if itself is None or itself.fence else itself
 
     def released_of(self, instance: Instance, live_call_ids: Iterable[int]) -> list[int]:
         """Return which of a loader's calls own no live module any more, wherever it was unloaded meanwhile."""
@@ -527,6 +532,18 @@ class LedgerState:
             if entry.owner[0] in ids and entry.state is State.LIVE
         }
         return [call_id for call_id in live_call_ids if call_id not in live]
+
+    def systems_held_by(self, instance: Instance) -> set[str]:
+        """Return the systems in which the calls of a loader hold anything, or have asked something."""
+        held = {system for system, _ in instance.calls.values()}
+        for name, system in self.systems.items():
+            owners = [entry.owner for entry in system.modules if entry.state is not State.LIVE]
+            owners += [*system.gates_held, *system.autoload.callers()]
+            if system.memory is not None:
+                owners += system.memory.account.callers()
+            if any(owner[0] == instance.id for owner in owners) or system.claims.owned_by(instance.id):
+                held.add(name)
+        return held
 
     def expire(self, group: Group, instance: Instance) -> int:
         """Take from a loader that is gone what its calls held or waited for, and log them; return how many there were.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modpressure.errors import BadRequest, LeaseEnded, NotNow, Replaced
+from modpressure.errors import BadRequest, Forbidden, LeaseEnded, NotNow, Replaced
 from modpressure.kernel.outcome import Outcome
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
@@ -242,6 +242,65 @@ async def test_a_new_process_of_the_same_name_ends_its_old_self_at_once(bench: B
     bench.ledger.expire_leases()
     with pytest.raises(Replaced, match="another loader process named 'loader a' has taken the place of process a"):
         await a.connect()
+
+
+@pytest.mark.parametrize("hello", [{"instance_id": "a"}, {"instance_id": "x", "loader": "loader a"}])
+async def test_who_may_use_fewer_systems_is_not_taken_for_a_loader(bench: Bench, hello: dict[str, str]) -> None:
+    [a] = await connected(bench, "a")
+    await a.ask(reserve(1))
+    session = a.session
+    assert session is not None
+    stranger = pb.Hello(**{"loader": "stranger", **hello})
+    for restarted in (False, True):
+        with pytest.raises(Forbidden, match="the token is for fewer systems than that of process a"):
+            await bench.ledger.connect(stranger, ("ci-*",))
+        if not restarted:
+            assert not session.closed
+            await bench.crash()
+    await a.connect()
+    assert (await a.ask(live(1))).verdict == PROCEED
+    assert not abandoned(bench)
+    # One that was renewed, with the same systems or more, goes on.
+    await bench.ledger.connect(stranger, ("ci-*", "*"))
+    assert session.closed
+
+
+async def test_who_may_use_fewer_systems_is_not_told_of_others_modules(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    for call_id, module in ((1, "xfs"), (2, "kvm")):
+        await a.ask(reserve(call_id, module))
+        await a.ask(live(call_id, module))
+        if call_id == 1:
+            a.disconnect()
+            bench.now_seconds += 11
+            bench.ledger.expire_leases()
+            await settle(b)
+            await a.begin_anew()
+    stranger = pb.Hello(instance_id="x", loader="stranger", former_instance_ids=["a", "a+"])
+    session, _ = await bench.ledger.connect(stranger, ("ci-*",))
+    await b.ask(remove(b.new_call(), "xfs"))
+    await b.ask(remove(b.new_call(), "kvm"))
+    await settle(a)
+    assert a.released == [1, 2]
+    bench.ledger.disconnect(session)
+
+
+async def test_a_loader_with_a_token_for_some_systems_is_known_after_a_restart(bench: Bench) -> None:
+    session, _ = await bench.ledger.connect(pb.Hello(instance_id="a", loader="l"), ("def*",))
+    operation = reserve(1)
+    operation.system = "default"
+    await bench.ledger.submit(session, pb.OperationBatch(sequence=1, operations=[operation]))
+    await session.next_results()
+    await bench.crash()
+    with pytest.raises(Forbidden):
+        await bench.ledger.connect(pb.Hello(instance_id="b", loader="l"), ("def*",))
+    await bench.ledger.connect(pb.Hello(instance_id="a", loader="l"), ("def*",))
+    # By now it has shown its token.
+    await bench.ledger.connect(pb.Hello(instance_id="b", loader="l"), ("def*",))
+    await bench.crash()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await bench.ledger.connect(pb.Hello(instance_id="c", loader="l"), ("def*",))
 
 
 async def test_modules_stay_with_the_process_that_went_on_as_a_new_instance(bench: Bench) -> None:
