@@ -14,12 +14,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_socket(address: str) -> bool:
+    """Return whether gRPC takes an address for a socket of this machine; a host may have a name that begins so."""
+    return address.startswith(("unix:", "unix-abstract:"))
+
+
 def is_local(listen: str) -> bool:
     """Return whether only this machine reaches a server on ``listen``, HOST:PORT or unix:PATH.
 
     A name is looked up: it is local if all that it stands for is; one that stands for nothing can't be listened on.
     """
-    if listen.startswith("unix"):
+    if is_socket(listen):
         return True
     host = listen.rpartition(":")[0].strip("[]")
     if is_loopback(host):

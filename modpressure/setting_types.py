@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
+from modpressure.loopback import is_socket
 from modpressure.units import parse_bytes
 
 _SYSTEM_ID = re.compile(r"[a-z][a-z0-9-]{0,62}", re.ASCII)
@@ -29,7 +30,7 @@ def _port(text: str, address: str) -> None:
 
 
 def _listen_address(address: str) -> str:
-    if not address.startswith(("unix:", "unix-abstract:")):
+    if not is_socket(address):
         host, _, port = address.rpartition(":")
         if not host or (":" in host and not host.startswith("[")):
             raise ValueError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")

@@ -16,7 +16,7 @@ import grpc
 import structlog
 
 from modpressure.errors import ModpressureError
-from modpressure.loopback import is_loopback
+from modpressure.loopback import is_loopback, is_socket
 
 _log = structlog.get_logger(__name__)
 
@@ -163,8 +163,7 @@ def open_channel(
         credentials = tls.read() if isinstance(tls, ClientTls) else tls
     else:
         check_readable_by_none(address)
-        is_file = address.startswith("unix")
-        kind = grpc.LocalConnectionType.UDS if is_file else grpc.LocalConnectionType.LOCAL_TCP
+        kind = grpc.LocalConnectionType.UDS if is_socket(address) else grpc.LocalConnectionType.LOCAL_TCP
         credentials = grpc.local_channel_credentials(kind)
     if token:
         credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
@@ -174,7 +173,7 @@ def open_channel(
 def check_readable_by_none(address: str) -> None:
     """Return if what is sent to ``address`` without TLS stays on this machine. BadCredentials if not."""
     host = address.removeprefix("dns:").rpartition("/")[2].rpartition(":")[0].strip("[]")
-    if not address.startswith("unix") and not is_loopback(host):
+    if not is_socket(address) and not is_loopback(host):
         raise BadCredentials(f"the token could be read on its way to {address}: it is sent over TLS, which ca asks for")
 
 

@@ -23,6 +23,7 @@ from modpressure.cli.up import LOADER_SERVICE
 from modpressure.cli.up_view import STATS_SERVICE
 from modpressure.errors import Forbidden, ModpressureError, Unauthenticated
 from modpressure.grpc_server import split_address
+from modpressure.loopback import is_socket
 from modpressure.tls import open_channel
 
 MAX_SKEW_SECONDS: Final = 5.0
@@ -135,7 +136,7 @@ async def _door(session: Session) -> Finding:
 def _certificate(session: Session, address: str) -> Finding:
     """Look how long the certificate of a service is good."""
     settings, what = session.settings, f"certificate of {address}"
-    if address.startswith("unix"):
+    if is_socket(address):
         return Finding(what, True, "it is a socket of this machine")
     host, port = split_address(address.removeprefix("dns:").rpartition("/")[2])
     context = ssl.create_default_context(cafile=settings.ca)

@@ -62,6 +62,7 @@ def test_the_defaults_are_local() -> None:
         ("[::]:1", False),
         ("192.0.2.1:1", False),
         ("no-such-host.invalid:1", False),
+        ("unix-host.invalid:1", False),
     ],
 )
 def test_what_only_this_machine_reaches(listen: str, local: bool) -> None:

@@ -333,7 +333,7 @@ async def test_who_may_not_see_all_systems_is_not_told_their_names(tmp_path: Pat
 
 
 async def test_a_token_is_not_sent_where_others_could_read_it() -> None:
-    for address in ("10.0.0.1:50050", "dns:///stats.example:50050", "[fe80::1]:1"):
+    for address in ("10.0.0.1:50050", "dns:///stats.example:50050", "[fe80::1]:1", "unix-stats.example:50050"):
         with pytest.raises(BadCredentials, match="could be read on its way"):
             open_channel(address, None, token="x")
     for address in ("127.0.0.1:50050", "dns:///localhost:50050", "[::1]:1", "unix:/run/x"):
