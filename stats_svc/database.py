@@ -311,7 +311,9 @@ def _url_of(location: str) -> URL:
             url = url.set(drivername="postgresql+psycopg")
         url.get_dialect()
     except (sa.exc.ArgumentError, ValueError):
-        raise StoreError(f"{location!r} is neither a path nor the URL of a database") from None
+        # What follows may hold a password, and can't be told apart from it.
+        scheme = location.partition("://")[0]
+        raise StoreError(f"'{scheme}://...' is neither a path nor the URL of a database") from None
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise StoreError(f"{url.drivername} is not supported; give the path of an SQLite file or a postgresql:// URL")
     if url.get_backend_name() == "sqlite":

@@ -431,6 +431,10 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
     [
         ("mysql://localhost/x", "neither a path nor the URL|not supported"),
         ("nonsense://localhost/x", "neither a path nor the URL of a database"),
+        (
+            "postgresql://nobody:secret@127.0.0.1:port/x",
+            "'postgresql://...' is neither a path nor the URL of a database",
+        ),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
         ("postgresql://nobody:secret@127.0.0.1:1/x", "connection"),
