@@ -148,7 +148,8 @@ class Ledger:
     async def start(self) -> None:
         """Load what is stored, and serve. StoreError if the database can't be used."""
         snapshot = await self._load_first()
-        self._tasks = [asyncio.create_task(self._commit_groups()), asyncio.create_task(self._keep_house())]
+        works = (self._commit_groups(), self._keep_leases(), self._keep_house())
+        self._tasks = [asyncio.create_task(work) for work in works]
         if snapshot is None:
             self._tasks.append(asyncio.create_task(self._lead_later()))
         else:
@@ -303,12 +304,16 @@ class Ledger:
         self._sessions.add(session)
         self._state.take_gates(instance, hello.gates)
         self._state.take_requests(instance, hello.requests)
+        session.served += 1
         try:
             # What was applied must be committed before the loader is told so, for it may then forget it.
             await self._flush()
         except BaseException:
             self.disconnect(session)
             raise
+        finally:
+            session.served -= 1
+            self.hear(session)
         released = self._state.released_of(instance, hello.live_call_ids)
         if released:
             session.deliver(pb.ResultBatch(applied_sequence=instance.applied_sequence, released_call_ids=released))
@@ -725,23 +730,30 @@ class Ledger:
             await asyncio.sleep(delay_seconds)
             delay_seconds = min(2 * delay_seconds, _MAX_RETRY_SECONDS)
 
-    async def _keep_house(self) -> None:
-        """End leases, forget what is old, and notice a database that goes away while nobody writes."""
+    async def _keep_leases(self) -> None:
+        """End leases. Nothing else is waited for here: what a pause takes longer is time in which nobody was heard."""
         loop = asyncio.get_running_loop()
-        pinged = loop.time()
-        prune_at = pinged + PRUNE_SECONDS
         while True:
             slept = loop.time()
             pause_seconds = MAX_PAUSE_SECONDS
             if not self._away:
                 pause_seconds = min(max(self._next_lease_end() - self._clock(), MIN_PAUSE_SECONDS), pause_seconds)
             await asyncio.sleep(pause_seconds)
-            now = loop.time()
-            if (late_seconds := now - slept - pause_seconds) > self._lease_seconds / 10:
+            if (late_seconds := loop.time() - slept - pause_seconds) > self._lease_seconds / 10:
                 self.excuse(late_seconds)
+            if not self._away:
+                self.expire_leases()
+
+    async def _keep_house(self) -> None:
+        """Forget what is old, and notice a database that goes away while nobody writes."""
+        loop = asyncio.get_running_loop()
+        pinged = loop.time()
+        prune_at = pinged + PRUNE_SECONDS
+        while True:
+            await asyncio.sleep(MAX_PAUSE_SECONDS)
+            now = loop.time()
             if self._away:
                 continue
-            self.expire_leases()
             if now - pinged >= PING_SECONDS:
                 pinged = now
                 await self._ping()

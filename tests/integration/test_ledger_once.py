@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc import state
 from stats_svc.ledger import CLAIM_SECONDS, INSTANCE_SECONDS, PRUNED_ROWS, Ledger
 from stats_svc.names import MAX_RECORD_BYTES
-from stats_svc.rows import Retention, SystemRow
+from stats_svc.rows import Commit, Retention, SystemRow
+from stats_svc.store import SqlStore
 from tests.integration.test_ledger import (
     DUPLICATE,
     INTERRUPTED,
@@ -217,6 +220,64 @@ async def test_time_in_which_stats_svc_itself_stood_still_is_nobodys_silence(ben
     bench.now_seconds += 5
     bench.ledger.expire_leases()
     assert session.closed
+
+
+async def test_nor_is_time_in_which_it_stood_still_while_it_asked_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stats_svc.ledger.PING_SECONDS", 0.0)
+    store = SqlStore(str(tmp_path / "stats.sqlite3"))
+    asked, answers = threading.Event(), threading.Event()
+
+    def ping() -> None:
+        asked.set()
+        answers.wait()
+
+    monkeypatch.setattr(store, "ping", ping)
+    loop, stood_seconds = asyncio.get_running_loop(), 0.0
+
+    def now_seconds() -> float:
+        return time.monotonic() + stood_seconds
+
+    monkeypatch.setattr(loop, "time", now_seconds)
+    ledger = Ledger(store, lease_seconds=50, clock=now_seconds)
+    await ledger.start()
+    session, _ = await ledger.connect(pb.Hello(instance_id="a", loader="a", heartbeats=True))
+
+    def hear() -> bool:
+        ledger.hear(session)
+        return asked.is_set()
+
+    await until(hear)
+    answers.set()
+    # As SIGSTOP would have it: nothing runs here, and all that was to happen meanwhile is due at once.
+    stood_seconds = 100
+    asked.clear()
+    await until(asked.is_set)
+    assert not session.closed
+    await ledger.stop()
+    store.close()
+
+
+async def test_a_loader_is_not_silent_while_its_hello_is_committed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = threading.Event()
+    commit = bench.faulty.commit
+
+    def late(one: Commit) -> None:
+        commits.wait()
+        commit(one)
+
+    monkeypatch.setattr(bench.faulty, "commit", late)
+    connecting = asyncio.ensure_future(bench.ledger.connect(pb.Hello(instance_id="a", loader="a", heartbeats=True)))
+    await until(lambda: bench.ledger.loaders == 1)
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    commits.set()
+    session, _ = await connecting
+    bench.ledger.expire_leases()
+    assert not session.closed
 
 
 @pytest.mark.parametrize("is_connected", [True, False])
