@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,9 @@ class Group:
     def __init__(self) -> None:
         self.results: dict[Session, pb.ResultBatch] = {}
         """Answers by the stream that asked; each stream hears of its group even if nothing is answered."""
+
+        self.told_bytes: Counter[Session] = Counter()
+        """Of what answers tell that is longer than what was asked: records and symbols, by the stream that asked."""
 
         self.released: list[tuple[str, int]] = []
         """Instance and call of live modules that were removed."""

@@ -19,6 +19,12 @@ from stats_svc.session import Caller
 MAX_EXPORTS_BYTES: Final = 1 << 20
 """Longest table of exports; the longest of a Debian kernel's modules has some 40 KiB."""
 
+MAX_SYMBOL_LENGTH: Final = 512
+"""The kernel's own limit (include/linux/kallsyms.h, ``KSYM_NAME_LEN``); its namespaces are shorter still."""
+
+_FOUND_BYTES: Final = 64
+"""What a symbol that was found takes in an answer besides its names, about."""
+
 MAX_PERCPU_BYTES: Final = 1 << 30
 _REMEMBERED_TABLES: Final = 128
 
@@ -57,7 +63,7 @@ class SystemLinks:
     @staticmethod
     def check(name: str, message: pb.Formation) -> None:
         """Return if links could be those of a module. BadRequest if the message makes no sense."""
-        _formation(name, message)
+        _check_names(_formation(name, message).exports)
 
     def has_room(self, name: str, asked: pb.ReserveName) -> bool:
         """Return whether the per-CPU variables of a module fit beside those of others, if that is asked.
@@ -75,6 +81,7 @@ class SystemLinks:
         BadRequest if the message makes no sense.
         """
         formation = _formation(name, message)
+        _check_names(formation.exports)
         for use in message.uses:
             owner = self._modules.get(use.module)
             if owner is None or owner.state is not State.LIVE or self._positions.get(use.module) != use.position:
@@ -121,13 +128,18 @@ class SystemLinks:
             self.links.drop(name)
             self._stored.pop(name, None)
 
-    def tell(self, symbols: Iterable[str], result: pb.OperationResult) -> None:
-        """Add to a result which of some symbols are exported by modules, and what room those take."""
+    def tell(self, symbols: Iterable[str], result: pb.OperationResult) -> int:
+        """Add to a result which of some symbols are exported by modules, and what room those take.
+
+        Return how many bytes that told, about.
+        """
+        told_bytes = 0
         result.percpu_bytes = self.links.percpu_bytes
         for symbol in symbols:
             found = self.links.find(symbol)
             if found is None:
                 continue
+            told_bytes += _FOUND_BYTES + len(symbol) + len(found.symbol.namespace)
             owner = self._modules.get(found.owner)
             assert owner is not None, "what is formed is in the list"
             result.found.add(
@@ -141,6 +153,15 @@ class SystemLinks:
                 initialising=owner.state is State.COMING,
                 proprietary=found.is_proprietary,
             )
+        return told_bytes
+
+
+def _check_names(exports: Mapping[str, ExportedSymbol]) -> None:
+    """Return if symbols and namespaces are no longer than may be: whoever asks for one is told it. BadRequest."""
+    for symbol, export in exports.items():
+        for text in (symbol, export.namespace):
+            if len(text) > MAX_SYMBOL_LENGTH:
+                raise BadRequest(f"{shown(text)} is longer than {MAX_SYMBOL_LENGTH} characters", field="exports")
 
 
 def _formation(name: str, message: pb.Formation) -> Formation:

@@ -24,6 +24,10 @@ MAX_UNREAD_RESULTS: Final = 20_000
 """Answers that a loader may leave unread before nothing more is read from it."""
 
 
+MAX_UNREAD_BYTES: Final = 32 << 20
+"""Length of those, likewise."""
+
+
 _FRAME_BYTES: Final = 8
 """What a message within a message takes besides itself: its tag and its length."""
 
@@ -66,13 +70,12 @@ class Session:
         self.waiting: set[int] = set()
         """Calls whose operation was asked on this stream and waits for another call."""
 
-        self._messages: deque[pb.ResultBatch] = deque()
-        self._last_bytes = 0
-        """Length of the last of them."""
+        self._messages: deque[tuple[pb.ResultBatch, int]] = deque()
+        """Each with its length, about."""
 
         self._error: Exception | None = None
         self._finished = False
-        self._unread_results = 0
+        self._unread_results = self._unread_bytes = 0
         self._filled = asyncio.Event()
         self._read = asyncio.Event()
 
@@ -86,20 +89,21 @@ class Session:
         size_bytes = results.ByteSize()
         if size_bytes > MAX_MESSAGE_BYTES:
             # What is applied is said last: until then the loader asks nothing that could have these answers forgotten.
-            for answers in _split(results):
+            for answers, part_bytes in _split(results):
                 answers.applied_sequence = self._applied_sequence
-                self._messages.append(answers)
+                self._messages.append((answers, part_bytes))
+                self._unread_bytes += part_bytes
             del results.results[:]
-            self._last_bytes, size_bytes = MAX_MESSAGE_BYTES, results.ByteSize()
+            size_bytes = results.ByteSize()
+        self._unread_bytes += size_bytes
         self._applied_sequence = results.applied_sequence = applied_sequence
-        last = self._messages[-1] if self._messages else None
+        last, last_bytes = self._messages[-1] if self._messages else (None, 0)
         # Who reads slowly gets fewer, longer messages. What is released was answered in a message before.
-        if last is not None and not last.released_call_ids and self._last_bytes + size_bytes <= MAX_MESSAGE_BYTES:
+        if last is not None and not last.released_call_ids and last_bytes + size_bytes <= MAX_MESSAGE_BYTES:
             last.MergeFrom(results)
-            self._last_bytes += size_bytes
+            self._messages[-1] = (last, last_bytes + size_bytes)
         else:
-            self._messages.append(results)
-            self._last_bytes = size_bytes
+            self._messages.append((results, size_bytes))
         self._filled.set()
 
     def finish(self) -> None:
@@ -120,14 +124,15 @@ class Session:
                 return None
             self._filled.clear()
             await self._filled.wait()
-        message = self._messages.popleft()
+        message, size_bytes = self._messages.popleft()
         self._unread_results -= len(message.results)
+        self._unread_bytes -= size_bytes
         self._read.set()
         return message
 
     async def drained(self) -> None:
         """Return when the loader has read enough to be listened to."""
-        while self._unread_results > MAX_UNREAD_RESULTS and not self.closed:
+        while not self.closed and (self._unread_results > MAX_UNREAD_RESULTS or self._unread_bytes > MAX_UNREAD_BYTES):
             self._read.clear()
             await self._read.wait()
 
@@ -142,17 +147,17 @@ class Session:
         self._read.set()
 
 
-def _split(results: pb.ResultBatch) -> Iterator[pb.ResultBatch]:
-    """Yield the answers of a message in messages that are not too long."""
+def _split(results: pb.ResultBatch) -> Iterator[tuple[pb.ResultBatch, int]]:
+    """Yield the answers of a message in messages that are not too long, and how long each is."""
     part, part_bytes = pb.ResultBatch(), 0
     for result in results.results:
         size_bytes = result.ByteSize() + _FRAME_BYTES
         if part.results and part_bytes + size_bytes > MAX_MESSAGE_BYTES:
-            yield part
+            yield part, part_bytes
             part, part_bytes = pb.ResultBatch(), 0
         part.results.append(result)
         part_bytes += size_bytes
-    yield part
+    yield part, part_bytes
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotFound, NotNow, Overloaded, shown
+from modpressure.errors import (
+    AlreadyExists,
+    BadRequest,
+    ModpressureError,
+    NotFound,
+    NotNow,
+    OverLimit,
+    Overloaded,
+    shown,
+)
 from modpressure.kernel.modules_list import PROCEED, Answer, State, Verdict
 from modpressure.kernel.system_memory import Amounts
 from modpressure.tokens import covers
@@ -55,6 +64,8 @@ _INTERRUPTED: Final = Answer(Verdict.INTERRUPTED, "EINTR", waited=True)
 _PROCEED_AFTER_WAIT: Final = Answer(Verdict.PROCEED, waited=True)
 _SHARED: Final = Answer(Verdict.SHARED, waited=True)
 
+_TOO_MUCH: Final = "more was asked for at once than is told at once"
+
 _ENDS: Final = frozenset({"finish_call", "remove_module", "record_calls"})
 """Operations that are not applied twice; all others can be asked again."""
 
@@ -68,6 +79,10 @@ _STEPS: Final = frozenset(
 
 _NAMING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "form_module"})
 """Those that name the call's module."""
+
+MAX_TOLD_BYTES: Final = 32 << 20
+"""Records and symbols that a stream is told by one commit, about; loaders ask for a tenth of it at most. Who asks for
+more at once is to ask again."""
 
 IMPORTS: Final = 2
 """Systems that are imported at once."""
@@ -263,9 +278,27 @@ class LedgerState:
             session = instance.session
             if session is not None and call_id in session.waiting:
                 session.waiting.discard(call_id)
-                self._answer(group, session, call_id, answer)
-                if record is not None:
-                    group.results_of(session).results[-1].record.CopyFrom(record)
+                if record is None:
+                    self._answer(group, session, call_id, answer)
+                elif group.told_bytes[session] < MAX_TOLD_BYTES or answer is not _SHARED:
+                    self._answer(group, session, call_id, answer)
+                    self._tell_record(group, session, record)
+                else:
+                    group.results_of(session).results.add(
+                        call_id=call_id, verdict=pb.OperationResult.VERDICT_LOST, message=_TOO_MUCH
+                    )
+
+    @staticmethod
+    def _tell_record(group: Group, session: Session, record: pb.ClaimRecord) -> None:
+        """Add a record to the last answer."""
+        group.results_of(session).results[-1].record.CopyFrom(record)
+        group.told_bytes[session] += record.ByteSize()
+
+    @staticmethod
+    def _check_told(group: Group, session: Session) -> None:
+        """Return if a stream may be told more. OverLimit if not."""
+        if group.told_bytes[session] >= MAX_TOLD_BYTES:
+            raise OverLimit(_TOO_MUCH)
 
     def _open_system(
         self, group: Group, session: Session, system: System | None, operation: pb.Operation, now_ns: int
@@ -296,6 +329,7 @@ class LedgerState:
         name = check_module_name(operation.reserve_name.module)
         caller, asked = (instance.id, operation.call_id), operation.reserve_name
         check_symbols(asked.symbols)
+        self._check_told(group, session)
         answer = system.reserve(group, name, caller, instance.loader)
         if answer is None or answer.verdict is not Verdict.PROCEED:
             self._answer_or_wait(group, session, system, operation.call_id, answer)
@@ -311,12 +345,14 @@ class LedgerState:
         self._answer_or_wait(group, session, system, operation.call_id, answer)
         result = group.results_of(session).results[-1]
         result.value = value
-        system.links.tell(asked.symbols, result)
+        group.told_bytes[session] += system.links.tell(asked.symbols, result)
 
     def _find_symbols(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
-        check_symbols(operation.find_symbols.symbols)
+        symbols = operation.find_symbols.symbols
+        check_symbols(symbols)
+        self._check_told(group, session)
         self._answer(group, session, operation.call_id, PROCEED)
-        system.links.tell(operation.find_symbols.symbols, group.results_of(session).results[-1])
+        group.told_bytes[session] += system.links.tell(symbols, group.results_of(session).results[-1])
 
     def _form_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         asked, caller = operation.form_module, (session.instance.id, operation.call_id)
@@ -371,6 +407,8 @@ class LedgerState:
     def _claim_request(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         call_id, asked = operation.call_id, operation.claim_request
         check_claim(asked.request_id, asked.digest)
+        if group.told_bytes[session] >= MAX_TOLD_BYTES:
+            raise LostClaim(_TOO_MUCH)
         if self._stored_claims is None:
             raise BadRequest(f"the batch of call {call_id} does not say that it has claims", field="has_claims")
         stored = self._stored_claims.get((system.id, asked.request_id))
@@ -378,7 +416,7 @@ class LedgerState:
         answer, record = system.claims.claim(group, asked.request_id, asked.digest, caller, stored)
         self._answer_or_wait(group, session, system, call_id, answer)
         if answer is not None:
-            group.results_of(session).results[-1].record.CopyFrom(record)
+            self._tell_record(group, session, record)
 
     def _settle_claim(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         settle = operation.settle_claim

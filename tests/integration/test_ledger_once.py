@@ -620,6 +620,40 @@ async def test_what_a_claim_is_answered_with_is_bounded(bench: Bench) -> None:
     assert len((await b.ask(claim(1))).record.parts) == 11
 
 
+async def test_what_a_stream_is_told_at_once_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "MAX_TOLD_BYTES", 1_000_000)
+    a, b = await connected(bench, "a", "b")
+    await a.ask(claim(1))
+    waiting = await b.send(*(claim(b.new_call()) for _ in range(20)))
+    await settle(b)
+    long = fail(2)
+    long.finish_call.call.worker = "x" * 100_000
+    await a.ask(part(long, 1))
+    asked = await b.send(*(claim(b.new_call()) for _ in range(20)))
+    for answers in (waiting, asked):
+        told = [await answer for answer in answers]
+        assert [result.verdict for result in told] == 10 * [SHARED] + 10 * [LOST]
+        # They are told when they ask again.
+        assert len((await b.ask(claim(told[-1].call_id))).record.parts) == 1
+    names = [f"symbol{number}" for number in range(2000)]
+    exports = pb.Exports(exports=[pb.Export(symbol=name, namespace="n" * 400) for name in names])
+    formation = pb.Formation(exports=exports.SerializeToString())
+    await a.ask(pb.Operation(call_id=3, reserve_name=pb.ReserveName(module="xfs", formation=formation)))
+    finds = [pb.Operation(call_id=b.new_call(), find_symbols=pb.FindSymbols(symbols=names)) for _ in range(3)]
+    found = [await answer for answer in await b.send(*finds)]
+    assert [(result.verdict, len(result.found)) for result in found] == [(PROCEED, 2000), (PROCEED, 2000), (INVALID, 0)]
+
+
+@pytest.mark.parametrize("field", ["symbol", "namespace"])
+async def test_a_symbol_that_is_longer_than_any_is_refused(bench: Bench, field: str) -> None:
+    [a] = await connected(bench, "a")
+    export = pb.Export(symbol="s")
+    setattr(export, field, "x" * 513)
+    formation = pb.Formation(exports=pb.Exports(exports=[export]).SerializeToString())
+    result = await a.ask(pb.Operation(call_id=1, reserve_name=pb.ReserveName(module="xfs", formation=formation)))
+    assert result.verdict == INVALID and result.message.endswith("is longer than 512 characters")
+
+
 async def test_signals_are_remembered_of_so_many_calls_and_no_more(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
