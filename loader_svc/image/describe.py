@@ -68,7 +68,10 @@ def describe(
     image: Buffer = content
     try:
         if algorithm is not None:
-            image = b"".join(user_decompress(content, algorithm, limit_bytes=limit_bytes))
+            # Never twice as many bytes at once, as a join would have.
+            image = bytearray()
+            for chunk in user_decompress(content, algorithm, limit_bytes=limit_bytes):
+                image += chunk
     except ImageProblem as problem:
         return ImageFacts(file_bytes=len(content), compression=algorithm, problem=problem)
     length, verdict = strip_signature(image)

@@ -1,5 +1,6 @@
 import gzip
 import os
+import tracemalloc
 
 import pytest
 
@@ -57,3 +58,15 @@ def test_a_small_file_that_unpacks_beyond_the_limit_is_a_problem_not_a_memory_ho
     facts = describe(gzip.compress(bytes(1 << 24), 1), limit_bytes=1 << 20)
     assert isinstance(facts.problem, ImageTooLarge)
     assert "1048576" in str(facts.problem)
+
+
+def test_a_packed_module_takes_the_memory_of_its_image_once():
+    packed = gzip.compress(bytes(32 << 20))
+    tracemalloc.start()
+    try:
+        describe(packed, name="m.ko.gz", limit_bytes=64 << 20)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # What a growing area has to spare is an eighth.
+    assert peak_bytes < 40 << 20
