@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import shutil
+import sqlite3
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -86,12 +87,43 @@ def _cache(session: Session) -> Finding:
 
 def _database(session: Session) -> Finding:
     database = load_settings(StatsSettings, config=session.config).database
-    if "://" in database:
+    if "://" in database and not database.startswith("sqlite"):
         return _database_server(database)
-    finding = _writable("database", Path(database).absolute().parent, "database")
-    if finding.ok and Path(database).exists() and not os.access(database, os.R_OK | os.W_OK):
-        return Finding("database", False, f"{database} can't be written to", "see who owns it")
-    return finding
+    return _database_file(Path(database.partition("://")[2].removeprefix("/") if "://" in database else database))
+
+
+def _database_file(path: Path) -> Finding:
+    """Look whether a file is, or could become, a database of ours."""
+    finding = _writable("database", path.absolute().parent, "database")
+    if not finding.ok or not path.exists():
+        return finding
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding("database", False, f"{path} can't be written to", "see who owns it")
+    # A file that nobody uses has no log, and is read without one being made.
+    how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?{how}", _TRIES_SECONDS, uri=True)
+        ) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if not tables:
+                return finding
+            (version,) = connection.execute("SELECT schema_version FROM modpressure").fetchone()
+    except sqlite3.Error as error:
+        return Finding(
+            "database", False, f"{path} holds something else: {error}", "name another file (setting database)"
+        )
+    return _of_version("database", str(path), version) or finding
+
+
+def _of_version(what: str, name: str, version: int) -> Finding | None:
+    """Return what is wrong with a database whose tables have a version; None if nothing is."""
+    from stats_svc.schema import SCHEMA_VERSION
+
+    if version <= SCHEMA_VERSION:
+        return None
+    text = f"{name} has version {version} of the tables, this program knows up to {SCHEMA_VERSION}"
+    return Finding(what, False, text, "install the newer modpressure, or go back to a backup")
 
 
 def _database_server(url: str) -> Finding:
@@ -101,10 +133,16 @@ def _database_server(url: str) -> Finding:
     try:
         parsed = sa.make_url(url)
         name = parsed.render_as_string(hide_password=True)
-        timeout = {} if parsed.get_backend_name() == "sqlite" else {"connect_timeout": int(_TRIES_SECONDS)}
+        if parsed.drivername in ("postgresql", "postgres"):
+            # As stats_svc does, whatever SQLAlchemy takes by itself.
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        timeout = {"connect_timeout": int(_TRIES_SECONDS)}
         engine = sa.create_engine(parsed, poolclass=sa.NullPool, connect_args=timeout)
         with engine.connect() as connection:
-            connection.execute(sa.select(1))
+            if sa.inspect(connection).has_table("modpressure"):
+                version = connection.scalar(sa.text("SELECT schema_version FROM modpressure"))
+                if finding := _of_version("database", name, version or 0):
+                    return finding
     except sa.exc.ArgumentError:
         return Finding("database", False, "the setting is no URL", "see docs/settings.md, database")
     except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
