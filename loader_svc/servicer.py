@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fnmatch
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from loader_svc import requests
@@ -81,13 +80,28 @@ class LoaderServicer(LoaderServiceServicer):
             client, workers = FLOW.get().client, storm.plan.workers
             if not self._workers.try_take(client, workers):
                 raise Overloaded(f"{workers} workers are more than there is room for beside the storms that run")
-            permit = _also(functools.partial(self._workers.give, client, workers))
+            permit = PERMIT.get()
+            assert permit is not None, "nothing is served that was not admitted"
+            permit.add(functools.partial(self._workers.give, client, workers))
+            ready = await storm.prepare()
+            started = asyncio.Event()
+            if not storm.plan.await_start:
+                started.set()
+            control = asyncio.ensure_future(_control(messages, storm, started))
+            yield pb.RunStormResponse(ready=ready)
+            running: asyncio.Future[pb.StormSummary] | None = None
             try:
-                async with contextlib.aclosing(_carried_out(storm, messages)) as responses:
-                    async for response in responses:
-                        yield response
+                await started.wait()
+                running = asyncio.ensure_future(storm.run())
+                while not running.done():
+                    await asyncio.wait({running}, timeout=PROGRESS_SECONDS)
+                    yield pb.RunStormResponse(progress=storm.progress())
+                yield pb.RunStormResponse(summary=running.result())
             finally:
-                permit.release()
+                storm.stop()
+                control.cancel()
+                if running is not None:
+                    await asyncio.wait({running})
 
     async def ListModules(self, request: pb.ListModulesRequest, context: Any) -> pb.ListModulesResponse:
         """List the tree's modules."""
@@ -136,46 +150,6 @@ class LoaderServicer(LoaderServiceServicer):
             await budget.take(need_bytes, entry.path)
             # A thread is at it, and has the memory, whoever goes meanwhile.
             return pb.GetModuleResponse(module=await asyncio.shield(loader.begin(described())))
-
-
-async def _carried_out(
-    storm: Storm, messages: AsyncIterator[pb.RunStormRequest]
-) -> AsyncGenerator[pb.RunStormResponse, None]:
-    """Run a storm, and yield what is told of it."""
-    ready = await storm.prepare()
-    started = asyncio.Event()
-    if not storm.plan.await_start:
-        started.set()
-    control = asyncio.ensure_future(_control(messages, storm, started))
-    yield pb.RunStormResponse(ready=ready)
-    running: asyncio.Future[pb.StormSummary] | None = None
-    try:
-        await started.wait()
-        running = asyncio.ensure_future(storm.run())
-        while not running.done():
-            await asyncio.wait({running}, timeout=PROGRESS_SECONDS)
-            yield pb.RunStormResponse(progress=storm.progress())
-        yield pb.RunStormResponse(summary=running.result())
-    finally:
-        storm.stop()
-        control.cancel()
-        if running is not None:
-            await asyncio.wait({running})
-
-
-def _also(give: Callable[[], None]) -> Permit:
-    """Return a permit of this task and those that it starts: as long as one uses it, it has what it had before, too."""
-    kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    if (outer := PERMIT.get()) is not None:
-        outer.keep_for(kept)
-
-    def give_all() -> None:
-        give()
-        kept.set_result(None)
-
-    permit = Permit(give_all)
-    PERMIT.set(permit)
-    return permit
 
 
 async def _control(messages: AsyncIterator[pb.RunStormRequest], storm: Storm, started: asyncio.Event) -> None:

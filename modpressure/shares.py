@@ -107,12 +107,16 @@ class Permit:
     again must not have more going on than who waits for them.
     """
 
-    __slots__ = ("_give", "_users")
+    __slots__ = ("_gives", "_users")
 
     def __init__(self, give: Callable[[], None]) -> None:
         """``give`` gives back what was taken. The request itself is the first to use it."""
-        self._give = give
+        self._gives = [give]
         self._users = 1
+
+    def add(self, give: Callable[[], None]) -> None:
+        """Keep what the request has taken since, too; ``give`` gives that back."""
+        self._gives.append(give)
 
     def keep_for(self, task: asyncio.Future[Any]) -> None:
         """Keep it until ``task`` has ended, too."""
@@ -123,7 +127,8 @@ class Permit:
         """Use it no longer; the last one to do so gives back what was taken."""
         self._users -= 1
         if not self._users:
-            self._give()
+            for give in self._gives:
+                give()
 
 
 PERMIT: Final[ContextVar[Permit | None]] = ContextVar("permit", default=None)

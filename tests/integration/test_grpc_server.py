@@ -24,6 +24,7 @@ from grpc_status import rpc_status
 from loader_svc.loader import Loader
 from loader_svc.memory import Meter
 from loader_svc.servicer import LoaderServicer
+from loader_svc.storm import MAX_WORKERS, MAX_WORKERS_AT_ONCE
 from modpressure.errors import (
     AlreadyExists,
     BadRequest,
@@ -38,6 +39,7 @@ from modpressure.grpc_errors import INTERNAL_SENTENCE, status_code_of, translate
 from modpressure.grpc_server import CannotListen, GrpcServer, split_address
 from modpressure.limits import Limits
 from modpressure.v1 import (
+    call_pb2,
     ledger_service_pb2,
     loader_service_pb2,
     loader_service_pb2_grpc,
@@ -240,6 +242,65 @@ async def test_an_rpc_that_was_cut_keeps_its_place_until_what_it_has_begun_ends(
         goes_on.set()
         await loader.drain()
         await stub.GetStats(stats_service_pb2.GetStatsRequest())
+    await server.stop()
+
+
+async def test_a_storm_that_was_cut_keeps_room_for_its_workers_until_what_it_has_begun_ends() -> None:
+    begun, gone, goes_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Slow(Loader):
+        is_slow = True
+
+        async def policy(self, system: str, asked: int) -> int:
+            return asked
+
+        async def remove(self, *arguments: Any, **options: Any) -> Any:
+            if self.is_slow:
+                begun.set()
+                await goes_on.wait()
+            return call_pb2.Unload()
+
+        async def answer(self, work: Any, on_cancel: Any = None) -> Any:
+            return await super().answer(work, gone.set)
+
+        def spec(self, name: str, **options: Any) -> Any:
+            return None, None
+
+    async def stands() -> None:
+        pass
+
+    ledger = SimpleNamespace(require=stands, wait_away=asyncio.Event().wait)
+    tree: Any = SimpleNamespace(module=lambda name: SimpleNamespace(name=name))
+    loader = Slow(machine_of(ledger=ledger, loader="slow", meter=Meter()), tree, kmod=34)
+    server = GrpcServer("127.0.0.1:0", grace_seconds=5)
+    server.add(
+        LoaderServicer(loader, 16),
+        loader_service_pb2_grpc.add_LoaderServiceServicer_to_server,
+        "modpressure.v1.LoaderService",
+    )
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = loader_service_pb2_grpc.LoaderServiceStub(channel)
+
+        def storm(workers: int) -> Any:
+            asked = loader_service_pb2.Storm(modules=["minix"], workers=workers, operations=1, await_start=True)
+            return stub.RunStorm(iter([loader_service_pb2.RunStormRequest(storm=asked)]))
+
+        # As many as fit into half of all, which is what one client may have.
+        for _ in range(MAX_WORKERS_AT_ONCE // MAX_WORKERS // 2):
+            call = storm(MAX_WORKERS)
+            await begun.wait()
+            call.cancel()
+            await gone.wait()
+            begun.clear()
+            gone.clear()
+        loader.is_slow = False
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await storm(1).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        goes_on.set()
+        await loader.drain()
+        assert [message.summary.workers async for message in storm(1) if message.HasField("summary")] == [1]
     await server.stop()
 
 
