@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fnmatch
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Final
 
 from loader_svc import requests
@@ -59,14 +60,12 @@ class LoaderServicer(LoaderServiceServicer):
         """Load and unload many modules over one stream."""
         async with translate_errors(context, "Loader.LoadModules"):
             stream = _ManyRequests(self._loader, self._requests, FLOW.get().client)
-            reader = asyncio.ensure_future(stream.read(requests))
-            try:
-                async for responses in stream.answers(reader):
-                    yield pb.LoadModulesResponse(responses=responses)
-                await reader
-            finally:
-                reader.cancel()
-                stream.end()
+            async with _reading(stream.read(requests)) as reader:
+                try:
+                    async for responses in stream.answers(reader):
+                        yield pb.LoadModulesResponse(responses=responses)
+                finally:
+                    stream.end()
 
     async def RunStorm(
         self, messages: AsyncIterator[pb.RunStormRequest], context: Any
@@ -87,20 +86,17 @@ class LoaderServicer(LoaderServiceServicer):
             started = asyncio.Event()
             if not storm.plan.await_start:
                 started.set()
-            control = asyncio.ensure_future(_control(messages, storm, started))
-            yield pb.RunStormResponse(ready=ready)
-            running: asyncio.Future[pb.StormSummary] | None = None
-            try:
+            async with _reading(_control(messages, storm, started)):
+                yield pb.RunStormResponse(ready=ready)
                 await started.wait()
                 running = asyncio.ensure_future(storm.run())
-                while not running.done():
-                    await asyncio.wait({running}, timeout=PROGRESS_SECONDS)
-                    yield pb.RunStormResponse(progress=storm.progress())
-                yield pb.RunStormResponse(summary=running.result())
-            finally:
-                storm.stop()
-                control.cancel()
-                if running is not None:
+                try:
+                    while not running.done():
+                        await asyncio.wait({running}, timeout=PROGRESS_SECONDS)
+                        yield pb.RunStormResponse(progress=storm.progress())
+                    yield pb.RunStormResponse(summary=running.result())
+                finally:
+                    storm.stop()
                     await asyncio.wait({running})
 
     async def ListModules(self, request: pb.ListModulesRequest, context: Any) -> pb.ListModulesResponse:
@@ -152,18 +148,40 @@ class LoaderServicer(LoaderServiceServicer):
             return pb.GetModuleResponse(module=await asyncio.shield(loader.begin(described())))
 
 
+@contextlib.asynccontextmanager
+async def _reading(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Have ``work`` read an RPC's messages meanwhile, and no longer. What breaks it breaks the RPC at the end."""
+    reader = asyncio.create_task(work)
+    try:
+        yield reader
+    finally:
+        is_left = reader.cancel()
+        await asyncio.wait({reader})
+        # Even if the client has left: then this is for the log alone.
+        if not (is_left and reader.cancelled()):
+            reader.result()
+
+
 async def _control(messages: AsyncIterator[pb.RunStormRequest], storm: Storm, started: asyncio.Event) -> None:
-    """Obey the messages that come after the first. If they end before an awaited start, none will come: stop."""
-    async for message in messages:
-        match message.WhichOneof("kind"):
-            case "start":
-                started.set()
-            case "stop":
-                storm.stop()
-                started.set()
-    if not started.is_set():
+    """Obey the messages that come after the first.
+
+    If they end before an awaited start, none will come, and what can't be read could be anything: stop.
+    """
+    try:
+        async for message in messages:
+            match message.WhichOneof("kind"):
+                case "start":
+                    started.set()
+                case "stop":
+                    storm.stop()
+                    started.set()
+    except Exception:
         storm.stop()
-        started.set()
+        raise
+    finally:
+        if not started.is_set():
+            storm.stop()
+            started.set()
 
 
 class _ManyRequests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -38,6 +39,7 @@ from modpressure.errors import (
 from modpressure.grpc_errors import INTERNAL_SENTENCE, status_code_of, translate_errors
 from modpressure.grpc_server import CannotListen, GrpcServer, split_address
 from modpressure.limits import Limits
+from modpressure.shares import Places
 from modpressure.v1 import (
     call_pb2,
     ledger_service_pb2,
@@ -304,6 +306,51 @@ async def test_a_storm_that_was_cut_keeps_room_for_its_workers_until_what_it_has
     await server.stop()
 
 
+async def test_what_breaks_the_reader_of_a_stream_is_logged_though_its_client_has_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, broken, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Endless(Loader):
+        async def load(self, request: Any) -> Any:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                gone.set()
+
+    async def take(places: Places, holder: str) -> None:
+        if begun.is_set():
+            broken.set()
+            raise ValueError(f"secret of {holder}")
+
+    monkeypatch.setattr(Places, "take", take)
+    monkeypatch.setattr(Places, "give", lambda *_: None)
+    server = GrpcServer("127.0.0.1:0", grace_seconds=5)
+    server.add(
+        LoaderServicer(Endless(machine_of(), None, kmod=34), 16),  # type: ignore[arg-type]
+        loader_service_pb2_grpc.add_LoaderServiceServicer_to_server,
+        "modpressure.v1.LoaderService",
+    )
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stream: Any = loader_service_pb2_grpc.LoaderServiceStub(channel).LoadModules()
+        request = loader_service_pb2.ModuleRequest(load=loader_service_pb2.LoadModuleRequest(module="minix"))
+        await stream.write(loader_service_pb2.LoadModulesRequest(requests=[request]))
+        await begun.wait()
+        await stream.write(loader_service_pb2.LoadModulesRequest(requests=[request]))
+        await broken.wait()
+        stream.cancel()
+        await gone.wait()
+    await server.stop()
+    gc.collect()
+    captured = capsys.readouterr()
+    logged = captured.out + captured.err
+    assert re.search(r"rpc failed .*code\W.*INTERNAL.*rpc\W.*Loader\.LoadModules\b", logged)
+    assert "ValueError: secret of 127.0.0.1\n" in logged
+    assert "never retrieved" not in logged
+
+
 async def test_success_and_the_blocks_own_abort_pass_through(raising: tuple[Raising, Any]) -> None:
     _, stub = raising
     assert await stub.GetStats(stats_service_pb2.GetStatsRequest(system="fine")) is not None
@@ -512,20 +559,27 @@ async def test_what_is_no_message_is_the_callers_mistake(method: str, caplog: py
     assert not caplog.records, "a traceback of it in the log is noise that anybody can make"
 
 
-async def test_what_is_no_message_is_refused_in_the_middle_of_a_stream(stats: Process, loader: Process) -> None:
+async def test_what_is_no_message_is_refused_in_the_middle_of_a_stream(
+    stats: Process, loader: Process, system: str
+) -> None:
     hello = ledger_service_pb2.ConnectRequest(hello=ledger_service_pb2.Hello(instance_id="malformed", loader="x"))
     load = loader_service_pb2.LoadModulesRequest(requests=[loader_service_pb2.ModuleRequest(tag=1)])
+    storm = loader_service_pb2.Storm(system=system, modules=["minix"], workers=1, operations=1, await_start=True)
     for address, method, first in (
         (stats.address, "LedgerService/Connect", hello),
         (loader.address, "LoaderService/LoadModules", load),
+        (loader.address, "LoaderService/RunStorm", loader_service_pb2.RunStormRequest(storm=storm)),
     ):
         async with grpc.aio.insecure_channel(address) as channel:
             stream = channel.stream_stream(f"/modpressure.v1.{method}")()
             await stream.write(first.SerializeToString())
             assert await stream.read()
             await stream.write(NOT_A_MESSAGE)
-            assert await stream.code() == grpc.StatusCode.INVALID_ARGUMENT
-            assert method in await stream.details()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                while await stream.read():
+                    pass
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert method in (refused.value.details() or "")
 
 
 async def test_health_of_all_services_is_listed() -> None:
