@@ -16,7 +16,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import lru_cache
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -28,6 +28,8 @@ from modpressure.grpc_errors import abort_with
 from modpressure.limits import Limits
 from modpressure.log import about
 from modpressure.shares import PERMIT, Permit, Rate, Shares
+
+T = TypeVar("T")
 
 _PROBE: Final = "/grpc.health.v1.Health/Check"
 """Never refused for want of places: who asks whether a service is well must hear it under load, too."""
@@ -86,7 +88,7 @@ class Admission(grpc.aio.ServerInterceptor):
         self._numbers = itertools.count(1)
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         self._coming = Deadlines(limits.request_seconds)
-        """RPCs whose request has not come."""
+        """RPCs whose first message has not come."""
 
         self._logged_fields: dict[type, tuple[str, ...]] = {}
         """Fields of each type of request that are logged."""
@@ -172,20 +174,12 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _request(self, method: str, context: Any) -> Any:
         """Return the request of a unary RPC, once it is there; abort the RPC if it does not come."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._coming.begin(task)
         try:
-            request = await context.read()
-        except asyncio.CancelledError:
-            if not self._coming.is_late(task):
-                raise
-            task.uncancel()
-            await abort_with(context, method, self._late_request())
-        finally:
-            self._coming.end(task)
-        if request is grpc.aio.EOF:
-            await abort_with(context, method, BadRequest("the RPC has no request"))
+            request = await self._first(context.read())
+            if request is grpc.aio.EOF:
+                raise BadRequest("the RPC has no request")
+        except BadRequest as error:
+            await abort_with(context, method, error)
         if fields := self._logged(request):
             about(**fields)
         return request
@@ -201,19 +195,19 @@ class Admission(grpc.aio.ServerInterceptor):
     async def _paced(self, requests: AsyncIterator[Any], client: _Client) -> AsyncIterator[Any]:
         """Read the messages of a stream no faster than the rate allows. BadRequest if the first does not come."""
         messages = aiter(requests)
-        try:
-            async with asyncio.timeout(self._limits.request_seconds):
-                request = await anext(messages, None)
-        except TimeoutError:
-            raise self._late_request() from None
+        request = await self._first(anext(messages, None))
         while request is not None:
             if client.rate is not None and (seconds := client.rate.take_later(self._clock())):
                 await asyncio.sleep(seconds)
             yield request
             request = await anext(messages, None)
 
-    def _late_request(self) -> BadRequest:
-        return BadRequest(f"no request came within {self._limits.request_seconds:g} s")
+    async def _first(self, message: Awaitable[T]) -> T:
+        """Return the first message of an RPC, once it is there. BadRequest if it does not come."""
+        try:
+            return await self._coming.wait(message)
+        except TimeoutError:
+            raise BadRequest(f"no request came within {self._coming.seconds:g} s") from None
 
     def _limited(self, handler: Any, method: str) -> Any:
         """Return a handler that is like ``handler`` within the limits.
