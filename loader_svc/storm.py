@@ -33,7 +33,8 @@ MAX_WORKERS_AT_ONCE: Final = 4 * MAX_WORKERS
 MAX_MODULES: Final = 1_000
 MAX_OPERATIONS: Final = 2**53
 STOP_SECONDS: Final = 5.0
-"""How long a stopped storm waits for the calls in flight before it tells what it has counted."""
+"""How long a stopped storm waits for the calls in flight before it sends them a signal, and then once more before it
+tells what it has counted."""
 
 UNENDED: Final = "a call had not ended long after the storm was to stop"
 
@@ -192,15 +193,13 @@ class Storm:
         away = asyncio.ensure_future(loader.machine.ledger.wait_away())
         try:
             await _first(everyone, stopping, leaving, away)
-            if not leaving.done():
-                await _first(everyone, leaving, away, seconds=STOP_SECONDS)
-            if not everyone.done():
-                for call in list(self._calls):
-                    call.interrupt()
-                await _first(everyone, leaving, away, seconds=STOP_SECONDS)
-                if leaving.done():
-                    await _first(everyone, away, seconds=loader.settle_seconds)
-                    self._stopped_early = self._stopped_early or not everyone.done()
+            await _first(everyone, leaving, away, seconds=STOP_SECONDS)
+            for call in list(self._calls):
+                call.interrupt()
+            await _first(everyone, leaving, away, seconds=STOP_SECONDS)
+            if leaving.done():
+                await _first(everyone, away, seconds=loader.settle_seconds)
+                self._stopped_early = self._stopped_early or not everyone.done()
         finally:
             self._stopping.set()
             self._ended_ns = time.monotonic_ns()
