@@ -42,12 +42,12 @@ def _packed() -> list[bytes]:
 def fuzz(count: int, seed: int, stopped: Callable[[], bool] = lambda: False) -> Tally:
     """Load ``count`` damaged files, by turns into a kernel that takes any module and into the catalogue's.
 
-    Each block has a seed of its own. No further ones once it is ``stopped``.
+    Each block has a seed of its own. No more than the first once it is ``stopped``.
     """
     tally = Tally(NAME)
     packed, identities = _packed(), (load_identity("any"), catalogue_identity())
     for number, begun in enumerate(range(0, count, BLOCK)):
-        if stopped():
+        if number and stopped():
             break
         block_seed = seed + number
         try:

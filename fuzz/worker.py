@@ -1,7 +1,8 @@
 """A process that fuzzes one target after another: names come in, a line each, tallies go out as JSON.
 
 ``python -m fuzz.worker MESSAGES SEED``; with a third argument, the number of a session, only that one is run. An empty
-line has it send no more, and tell what it has so far.
+line has it send no more, and tell what it has so far. So does the end of what comes in: whoever asked may have been
+killed, and it would go on for hours, with its database in memory.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ async def fuzz(
     async def sessions(to: dict[Where, Way]) -> None:
         nonlocal due
         for number in numbers:
-            if tally.messages >= messages or stopped():
+            if only is None and (tally.messages >= messages or stopped()):
                 return
             dice = Dice(f"{seed} {target.name} {number}")
             over_grpc = number % OVER_GRPC == 0
@@ -130,12 +131,13 @@ async def _use(loader: LoaderServiceStub, dice: Dice, tally: Tally) -> None:
 
 
 def _read(names: queue.SimpleQueue[str], stop: threading.Event) -> None:
-    """Hand on the names that come in, and an empty one at the end; note that no more is to be sent."""
+    """Hand on the names that come in, and an empty one at the end; note that no more is to be sent, as then."""
     for line in sys.stdin:
         if name := line.strip():
             names.put(name)
         else:
             stop.set()
+    stop.set()
     names.put("")
 
 

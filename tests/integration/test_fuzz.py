@@ -172,6 +172,15 @@ async def _limited_for_ever(pulse: Pulse) -> None:
 
 
 @pytest.mark.parametrize("name", ["StatsService/GetStats", files.NAME])
+def test_a_process_that_nobody_asks_any_more_ends(name: str) -> None:
+    """As after kill -9 of the run, which closes what the names come through."""
+    command = [sys.executable, "-m", "fuzz.worker", "1000000000", str(SEED)]
+    done = subprocess.run(command, input=f"{name}\n", text=True, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert Tally.from_json(json.loads(done.stdout)).messages < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["StatsService/GetStats", files.NAME])
 def test_an_interrupted_run_tells_what_it_has(name: str) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "fuzz", name, "StatsService/GetReport", "Health/Check"],
