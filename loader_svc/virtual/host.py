@@ -19,9 +19,23 @@ from typing import Final
 
 from loader_svc.virtual.clock import Clock
 
-DEFAULT_LATENCY_NS: Final = 12_000_000
-DEFAULT_SLICE_NS: Final = 1_500_000
-"""Of Linux 6.1 with two cores: 6 and 0.75 ms, times 1 + log2 of the cores (``get_update_sysctl_factor``)."""
+
+def scaled_ns(base_ns: int, cpus: int) -> int:
+    """Return one of the scheduler's times as Linux has it with a number of CPUs.
+
+    Times 1 + log2 of the CPUs, of which no more than 8 count (``get_update_sysctl_factor``, kernel/sched/fair.c).
+    """
+    return base_ns * min(cpus, 8).bit_length()
+
+
+LATENCY_NS: Final = 6_000_000
+SLICE_NS: Final = 750_000
+WAKE_NS: Final = 1_000_000
+"""``sched_latency``, ``sched_min_granularity`` and ``sched_wakeup_granularity`` of one core, up to Linux 6.5; there."""
+
+DEFAULT_LATENCY_NS: Final = scaled_ns(LATENCY_NS, 2)
+DEFAULT_SLICE_NS: Final = scaled_ns(SLICE_NS, 2)
+"""Of two cores."""
 
 DEFAULT_TICK_NS: Final = 4_000_000
 """CONFIG_HZ=250, as Debian and most others have it."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loader_svc.virtual.clock import Clock
 from loader_svc.virtual.cpus import Cpus
-from loader_svc.virtual.host import PAUSED_TURN_NS, Host, Thread
+from loader_svc.virtual.host import PAUSED_TURN_NS, Host, Thread, scaled_ns
 
 MS = 1_000_000
 
@@ -57,6 +57,11 @@ class Bench:
 
     def wake(self, thread: Thread, at_ms: float = 0) -> None:
         self.clock.send(int(at_ms * MS), self.host.wake, thread)
+
+
+@pytest.mark.parametrize(("cpus", "factor"), [(1, 1), (2, 2), (3, 2), (4, 3), (8, 4), (48, 4)])
+def test_times_grow_with_the_number_of_cpus_as_the_kernels_do(cpus: int, factor: int) -> None:
+    assert scaled_ns(750_000, cpus) == factor * 750_000
 
 
 def test_a_core_is_shared_in_turns_within_the_latency() -> None:

@@ -15,18 +15,14 @@ from loader_svc.boot.userland import KMODS, Userland
 from loader_svc.verify.boots.monitor import born_unnamed
 from loader_svc.verify.boots.recorded import STANDARD_UDEV, Recording, Setting
 from loader_svc.virtual.costs import Costs
+from loader_svc.virtual.host import LATENCY_NS, SLICE_NS, WAKE_NS, scaled_ns
 from modpressure.errors import BadRequest
 
 HOST_CPUS: Final = 2
 """Cores of the host that the recorded guests had, as their README says: virtual CPUs are threads there."""
 
-HOST_LATENCY_NS: Final = 12_000_000
-HOST_SLICE_NS: Final = 1_500_000
-HOST_WAKE_NS: Final = 2_000_000
 HOST_TICK_NS: Final = 4_000_000
-"""How a core of the host is shared: 6, 0.75 and 1 ms, doubled for two cores (``sched_latency``,
-``sched_min_granularity``, ``sched_wakeup_granularity``, kernel/sched/fair.c up to Linux 6.5). The host has the QEMU of
-Debian 12, which has Linux 6.1, with CONFIG_HZ=250."""
+"""The host has the QEMU of Debian 12, which has Linux 6.1, with CONFIG_HZ=250."""
 
 TICK_NS: Final = 1_000_000
 """A tick of the guest (CONFIG_HZ=1000 in its config-boot): tasks are preempted at ticks."""
@@ -35,11 +31,9 @@ TICK_NS: Final = 1_000_000
 def slice_ns(cpus: int) -> int:
     """Return how long a guest's CPU stays with a task while others wait, in ns.
 
-    0.75 ms, times 1 + log2 of the CPUs, of which no more than 8 count (``get_update_sysctl_factor``,
-    kernel/sched/fair.c, Linux 6.12), up to the next tick.
+    ``base_slice_ns``, 0.75 ms of one CPU (kernel/sched/fair.c, Linux 6.12), up to the next tick.
     """
-    base_ns = 750_000 * (1 + min(cpus, 8).bit_length() - 1)
-    return -(-base_ns // TICK_NS) * TICK_NS
+    return -(-scaled_ns(750_000, cpus) // TICK_NS) * TICK_NS
 
 
 _PLATFORM: Final = re.compile(r"/devices/platform/([^/.]+)(?:\.[^/]*)?")
@@ -91,10 +85,10 @@ def recorded_spec(
         costs=replace(
             costs,
             slice_ns=slice_ns(setting.cpus),
-            host_latency_ns=HOST_LATENCY_NS,
-            host_slice_ns=HOST_SLICE_NS,
+            host_latency_ns=scaled_ns(LATENCY_NS, HOST_CPUS),
+            host_slice_ns=scaled_ns(SLICE_NS, HOST_CPUS),
             host_tick_ns=HOST_TICK_NS,
-            host_wake_ns=HOST_WAKE_NS,
+            host_wake_ns=scaled_ns(WAKE_NS, HOST_CPUS),
         ),
     )
 
