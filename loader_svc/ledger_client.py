@@ -26,6 +26,7 @@ import structlog
 
 from loader_svc.memory import Meter
 from loader_svc.outbox import Outbox
+from loader_svc.presence import Presence
 from modpressure.client_errors import end_requests, error_of
 from modpressure.errors import NotNow, Overloaded, Replaced, Unavailable
 from modpressure.fair import FLOW, Flow
@@ -53,12 +54,6 @@ MAX_FORMER_INSTANCES = 1000
 
 CLOSE_SECONDS = 2.0
 """How long the stream may take to end when the loader stops."""
-
-PATIENCE_SECONDS = 3.0
-"""How long stats_svc may be away before new requests are refused."""
-
-IN_FLIGHT_PATIENCE_SECONDS = 30.0
-"""How long it may be away before the callers of what is in flight are told so, if they set no deadline before that."""
 
 CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -208,10 +203,7 @@ class LedgerClient:
         self._limited: set[str] = set()
         """Systems whose memory is finite."""
 
-        self._connected = asyncio.Event()
-        self._away = asyncio.Event()
-        self._lost_at = 0.0
-        self._patience: asyncio.TimerHandle | None = None
+        self._presence = Presence()
 
     # --- what calls use ---
 
@@ -277,22 +269,16 @@ class LedgerClient:
 
     async def require(self) -> None:
         """Return once the stream stands. Unavailable if it has been away for longer than a new request waits."""
-        if self._connected.is_set():
-            return
-        away_seconds = asyncio.get_running_loop().time() - self._lost_at
-        if away_seconds < PATIENCE_SECONDS:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._connected.wait(), PATIENCE_SECONDS - away_seconds)
-        if not self._connected.is_set():
+        if not await self._presence.wait_briefly():
             raise self.unavailable()
 
     async def wait_away(self) -> None:
         """Return when the stream has been away for longer than callers of what is in flight wait."""
-        await self._away.wait()
+        await self._presence.wait_long_away()
 
     async def wait_connected(self) -> None:
         """Return when the stream stands."""
-        await self._connected.wait()
+        await self._presence.wait_there()
 
     def unavailable(self) -> Unavailable:
         """Return the error that says that stats_svc is away."""
@@ -336,7 +322,7 @@ class LedgerClient:
                     self._begin_anew()
             except (BadCredentials, Unavailable) as error:
                 reason = error.sentence
-            if self._connected.is_set():
+            if self._presence.is_there:
                 backoff_seconds = FIRST_BACKOFF_SECONDS
                 self._set_connected(False)
                 if not self._closing.is_set():
@@ -356,21 +342,11 @@ class LedgerClient:
         self._closing.set()
         loop = asyncio.get_running_loop()
         due = loop.time() + CLOSE_SECONDS
-        while self._connected.is_set() and loop.time() < due:
+        while self._presence.is_there and loop.time() < due:
             await asyncio.sleep(CLOSE_SECONDS / 100)
 
     def _set_connected(self, connected: bool) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-        if connected:
-            self._connected.set()
-            self._away.clear()
-        else:
-            self._connected.clear()
-            loop = asyncio.get_running_loop()
-            self._lost_at = loop.time()
-            self._patience = loop.call_later(IN_FLIGHT_PATIENCE_SECONDS, self._away.set)
+        self._presence.set(connected)
         self._on_connected(connected)
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:

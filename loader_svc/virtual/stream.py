@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from loader_svc.call_links import ExportTables
-from loader_svc.ledger_client import IN_FLIGHT_PATIENCE_SECONDS, PATIENCE_SECONDS, LedgerClient
+from loader_svc.ledger_client import LedgerClient
 from loader_svc.memory import Meter
+from loader_svc.presence import IN_FLIGHT_PATIENCE_SECONDS, PATIENCE_SECONDS
 from loader_svc.requests import POLICIES
 from loader_svc.virtual.call import VirtualCall
 from loader_svc.virtual.machine import VirtualMachine
