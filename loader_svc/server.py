@@ -19,6 +19,7 @@ from loader_svc.servicer import LoaderServicer
 from loader_svc.trees import ModuleTree, TreeError, open_tree
 from loader_svc.workers import FileWorkers
 from modpressure.errors import BadRequest
+from modpressure.garbage import spare_what_stays
 from modpressure.grpc_server import GrpcServer
 from modpressure.identity_files import load_identity
 from modpressure.kernel.identity import KernelIdentity
@@ -168,6 +169,7 @@ async def serve(settings: LoaderSettings) -> None:
         memory_limit_bytes=machine.budget.limit_bytes,
         stats=settings.stats,
     )
+    spare_what_stays()
     try:
         await _serve_or_replaced(server, loader, stream)
         if loader.in_flight:

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from modpressure.garbage import spare_what_stays
 from modpressure.grpc_server import GrpcServer
 from modpressure.settings import StatsSettings
 from modpressure.tls import client_tls, server_tls
@@ -85,6 +86,7 @@ async def _serve(settings: StatsSettings, store: SqlStore) -> None:
         store.reached_at(settings.advertise or _reached_at(address))
         await ledger.be_heard()
         _log.info(f"stats_svc listening on {address}", address=address, database=store.name)
+        spare_what_stays()
         await server.serve_until_stopped()
     finally:
         health.cancel()
