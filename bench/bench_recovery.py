@@ -26,7 +26,8 @@ from modpressure.kernel.counters import Counters, FailedModule
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceStub
-from stats_svc.rows import Changes, Commit, Segment, SegmentKind, SystemDelta, SystemRow
+from modpressure.v1.stats_service_pb2 import ListEventsResponse
+from stats_svc.rows import Changes, Commit, InstanceRow, Segment, SegmentKind, SystemDelta, SystemRow
 from stats_svc.store import SqlStore
 
 EVENTS = 10_000_000
@@ -36,29 +37,31 @@ START_SECONDS = 2.0
 LEASE_SECONDS = 3.0
 ROUNDS = 5
 SEGMENT_EVENTS = 2000
+VETERAN = "veteran"
+"""The loader that has made all the calls in the file."""
 
 
 def _fill(path: Path, events: int) -> None:
     """Write the file as the ledger does, segment by segment."""
     dice = random.Random(SEED)
     calls = [call(number, dice) for number in range(1, SEGMENT_EVENTS + 1)]
-    record = pb.RecordCalls(calls=calls)
+    for each in calls:
+        each.instance_id = each.loader = VETERAN
+    made = ListEventsResponse(events=[call_pb2.Event(call=each) for each in calls])
     store = SqlStore(str(path))
     store.load()
     store.commit(Commit(1, [Changes(create=SystemRow("default", 2, create_time_ns=1))], []))
-    for first in range(1, events + 1, 10 * SEGMENT_EVENTS):
+    for sequence, first in enumerate(range(1, events + 1, 10 * SEGMENT_EVENTS)):
         delta = SystemDelta(first_event_id=first)
         for begin in range(first, min(first + 10 * SEGMENT_EVENTS, events + 1), SEGMENT_EVENTS):
             counters, failed = Counters(), dict[str, FailedModule]()
             counters.add_calls(calls, failed)
             delta.add(counters, failed)
             delta.events += SEGMENT_EVENTS
-            delta.segments.append(
-                Segment(
-                    SegmentKind.CALLS, begin, SEGMENT_EVENTS, instance_id="filler", loader="filler", records=[record]
-                )
-            )
-        store.commit(Commit(time.time_ns(), [Changes(deltas={"default": delta})], []))
+            delta.segments.append(Segment(SegmentKind.EVENTS, begin, SEGMENT_EVENTS, events=made))
+        now_ns = time.time_ns()
+        veteran = InstanceRow(VETERAN, VETERAN, sequence, now_ns, nothing_before=True)
+        store.commit(Commit(now_ns, [Changes(deltas={"default": delta})], [veteran]))
     store.close()
 
 
@@ -123,15 +126,31 @@ async def first_answer(address: str, name: str) -> None:
         hand.close()
 
 
+async def _answer_again(address: str) -> float:
+    """Ask what the loader with all the calls has asked before, for a call on its way; return how long that took."""
+    begun = time.perf_counter()
+    async with grpc.aio.insecure_channel(address) as channel:
+        hand = Hand(channel, VETERAN)
+        await hand.open()
+        await hand.tell(pb.Operation(call_id=SEGMENT_EVENTS + 1, check_name=pb.CheckName(module="xfs")))
+        result = await hand.answer()
+        if result.verdict != pb.OperationResult.VERDICT_PROCEED:
+            raise SystemExit(f"what was asked again was answered: {result}")
+        hand.close()
+    return time.perf_counter() - begun
+
+
 @dataclass
 class _Database:
     """A file, and how long its stats_svc took to come back over it."""
 
     path: Path
+    has_veteran: bool = False
     address: str = "127.0.0.1:0"
     starts: int = 0
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    again_seconds: list[float] = field(default_factory=list)
 
     async def start(self) -> None:
         """Start stats_svc, wait until a call is committed, and kill it."""
@@ -141,13 +160,15 @@ class _Database:
             if self.starts:  # the first one only finds a port, and leaves something to recover
                 self.seconds.append(time.perf_counter() - begun)
                 self.cpu_seconds.append(stats.cpu_seconds())
+            if self.has_veteran:
+                self.again_seconds.append(await _answer_again(stats.address))
             self.starts += 1
             self.address = stats.address
             os.kill(stats.pid, signal.SIGKILL)
 
 
 async def _starts(path: Path, events: int) -> list[Row]:
-    full, empty = _Database(path), _Database(path.with_name("empty.sqlite3"))
+    full, empty = _Database(path, has_veteran=True), _Database(path.with_name("empty.sqlite3"))
     for _ in range(ROUNDS + 1):
         for database in (full, empty):
             await database.start()
@@ -169,6 +190,14 @@ async def _starts(path: Path, events: int) -> list[Row]:
             "at most",
             "an empty file",
             f"empty: {listed(empty.seconds)}; CPU {listed(empty.cpu_seconds)}",
+        ),
+        Row(
+            f"what a loader with {events / 1e6:g} M calls of its own asks again",
+            [each / START_SECONDS for each in full.again_seconds],
+            1.0,
+            "at most",
+            f"{START_SECONDS:g} s to the answer",
+            listed(full.again_seconds),
         ),
     ]
 
