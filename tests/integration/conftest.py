@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from loader_svc.trees.debian import DebianKernel, DebianUnavailable, fetch_debian, kernel_packages
+from modpressure.v1.call_pb2 import Event
+from stats_svc import events
+from stats_svc.rows import StoredSegment
 from tests.services import Hand, Launch, Process
 
 
@@ -110,3 +113,17 @@ def debian_kernel(tmp_path_factory: pytest.TempPathFactory) -> DebianKernel:
         return fetch_debian(names[-1], tmp_path_factory.mktemp("debian"))
     except DebianUnavailable as error:
         pytest.skip(f"{names[-1]} can't be had: {error}")
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Give the numbers of the segments of events that are read from now on, one more each time."""
+    numbers: list[int] = []
+    decode = events.decode
+
+    def counting(system: str, segment: StoredSegment) -> list[Event]:
+        numbers.append(segment.number)
+        return decode(system, segment)
+
+    monkeypatch.setattr(events, "decode", counting)
+    return numbers

@@ -18,7 +18,6 @@ from modpressure.errors import AlreadyExists, BadRequest, LeaseEnded, NotFound, 
 from modpressure.kernel.outcome import Outcome
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
-from stats_svc import events as events_module
 from stats_svc.events import EventFilter, EventLog
 from stats_svc.ledger import Ledger
 from stats_svc.rows import ClaimKey, ClaimRow, Commit, InstanceRow, SegmentKind, Snapshot, StoredSegment, StoreError
@@ -804,7 +803,7 @@ async def test_the_hello_gives_the_gates_back_after_a_crash(bench: Bench) -> Non
 
 
 async def test_what_was_answered_is_not_looked_through_for_what_is_asked_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, decoded: list[int]
 ) -> None:
     a, b = await connected(bench, "a", "b")
     for _ in range(40):
@@ -814,14 +813,6 @@ async def test_what_was_answered_is_not_looked_through_for_what_is_asked_again(
     waits = [b.begin(check(b.new_call())) for _ in range(5)]
     # So that it is stored that those before it were applied.
     await b.ask(fail(b.new_call()))
-    decoded: list[int] = []
-    decode = events_module.decode
-
-    def counting(system: str, segment: StoredSegment) -> list[call_pb2.Event]:
-        decoded.append(segment.number)
-        return decode(system, segment)
-
-    monkeypatch.setattr(events_module, "decode", counting)
     await bench.crash()
     for loader in (a, b):
         await loader.connect()
