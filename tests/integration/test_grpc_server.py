@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
@@ -161,6 +161,27 @@ def machine_of(**parts: Any) -> Any:
     return SimpleNamespace(plans=SimpleNamespace(identity=SimpleNamespace(decompressors=())), **parts)
 
 
+L = TypeVar("L", bound=Loader)
+
+
+async def served(kind: type[L]) -> tuple[L, GrpcServer, str]:
+    """Serve a loader of some kind, whose stats_svc is there; return it, its server and where that is."""
+
+    async def stands() -> None:
+        pass
+
+    ledger = SimpleNamespace(require=stands, wait_away=asyncio.Event().wait)
+    tree: Any = SimpleNamespace(module=lambda name: SimpleNamespace(name=name))
+    loader = kind(machine_of(ledger=ledger, loader=kind.__name__.lower(), meter=Meter()), tree, kmod=34)
+    server = GrpcServer("127.0.0.1:0", grace_seconds=5)
+    server.add(
+        LoaderServicer(loader, 16),
+        loader_service_pb2_grpc.add_LoaderServiceServicer_to_server,
+        "modpressure.v1.LoaderService",
+    )
+    return loader, server, await server.start()
+
+
 async def test_what_nobody_foresaw_is_logged_whether_it_ends_an_rpc_or_a_part_of_a_stream(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -174,19 +195,7 @@ async def test_what_nobody_foresaw_is_logged_whether_it_ends_an_rpc_or_a_part_of
         def spec(self, name: str, **options: Any) -> Any:
             raise ValueError(f"secret of {name}")
 
-    async def stands() -> None:
-        pass
-
-    ledger = SimpleNamespace(require=stands, wait_away=asyncio.Event().wait)
-    tree: Any = SimpleNamespace(module=lambda name: SimpleNamespace(name=name))
-    broken = Broken(machine_of(ledger=ledger, loader="broken", meter=Meter()), tree, kmod=34)
-    server = GrpcServer("127.0.0.1:0", grace_seconds=5)
-    server.add(
-        LoaderServicer(broken, 16),
-        loader_service_pb2_grpc.add_LoaderServiceServicer_to_server,
-        "modpressure.v1.LoaderService",
-    )
-    address = await server.start()
+    _, server, address = await served(Broken)
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = loader_service_pb2_grpc.LoaderServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -268,19 +277,7 @@ async def test_a_storm_that_was_cut_keeps_room_for_its_workers_until_what_it_has
         def spec(self, name: str, **options: Any) -> Any:
             return None, None
 
-    async def stands() -> None:
-        pass
-
-    ledger = SimpleNamespace(require=stands, wait_away=asyncio.Event().wait)
-    tree: Any = SimpleNamespace(module=lambda name: SimpleNamespace(name=name))
-    loader = Slow(machine_of(ledger=ledger, loader="slow", meter=Meter()), tree, kmod=34)
-    server = GrpcServer("127.0.0.1:0", grace_seconds=5)
-    server.add(
-        LoaderServicer(loader, 16),
-        loader_service_pb2_grpc.add_LoaderServiceServicer_to_server,
-        "modpressure.v1.LoaderService",
-    )
-    address = await server.start()
+    loader, server, address = await served(Slow)
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = loader_service_pb2_grpc.LoaderServiceStub(channel)
 
