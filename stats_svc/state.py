@@ -280,7 +280,7 @@ class LedgerState:
                 session.waiting.discard(call_id)
                 if record is None:
                     self._answer(group, session, call_id, answer)
-                elif group.told_bytes[session] < MAX_TOLD_BYTES or answer is not _SHARED:
+                elif answer is not _SHARED or _may_tell(group, session):
                     self._answer(group, session, call_id, answer)
                     self._tell_record(group, session, record)
                 else:
@@ -296,8 +296,8 @@ class LedgerState:
 
     @staticmethod
     def _check_told(group: Group, session: Session) -> None:
-        """Return if a stream may be told more. OverLimit if not."""
-        if group.told_bytes[session] >= MAX_TOLD_BYTES:
+        """Return if a stream may be told more symbols. OverLimit if not."""
+        if not _may_tell(group, session):
             raise OverLimit(_TOO_MUCH)
 
     def _open_system(
@@ -407,7 +407,7 @@ class LedgerState:
     def _claim_request(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         call_id, asked = operation.call_id, operation.claim_request
         check_claim(asked.request_id, asked.digest)
-        if group.told_bytes[session] >= MAX_TOLD_BYTES:
+        if not _may_tell(group, session):
             raise LostClaim(_TOO_MUCH)
         if self._stored_claims is None:
             raise BadRequest(f"the batch of call {call_id} does not say that it has claims", field="has_claims")
@@ -719,6 +719,11 @@ def check_imported(snapshot: SystemSnapshot) -> None:
     taken = () if system.memory is None else system.memory.account.taken
     if system.has_calls_in_flight or any(amount > MAX_COUNTED_BYTES for amount in taken):
         raise BadRequest("the file can't be imported: its memory is held by nobody, or too much", field="chunk")
+
+
+def _may_tell(group: Group, session: Session) -> bool:
+    """Return whether a stream may be told more by this commit."""
+    return group.told_bytes[session] < MAX_TOLD_BYTES
 
 
 def _check_room(claim: Claim, part_bytes: int) -> None:
