@@ -1,4 +1,4 @@
-"""Opening a database, SQLite or PostgreSQL, and saying in one sentence why it can't be opened.
+"""An open database, SQLite or PostgreSQL.
 
 One process writes to a database: the ledger keeps the modules lists in memory. Who writes to an SQLite file holds a
 lock on a file beside it, and others don't start; of several over PostgreSQL one leads, and the others stand by.
@@ -11,24 +11,21 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.engine import Connection, Engine
 
 from stats_svc import migrations, schema
-from stats_svc.leadership import DEFAULT_LEAD_SECONDS, Leadership, check_version
+from stats_svc.leadership import DEFAULT_LEAD_SECONDS, Leadership
+from stats_svc.location import Location
 from stats_svc.rows import StoreError
 
 BUSY_TIMEOUT_SECONDS: Final = 5
 """How long SQLite waits for somebody else's lock, such as a backup's."""
-
-CONNECT_TIMEOUT_SECONDS: Final = 5
-"""How long a PostgreSQL server may take to answer."""
 
 EXPORTS: Final = 2
 """Systems that are exported at once. Each holds a connection for as long as its client reads."""
@@ -69,11 +66,10 @@ class Database:
 
         ``lead_seconds`` is how long a leader over PostgreSQL may be silent.
         """
-        self._url = _url_of(location)
-        self.is_sqlite = self._url.get_backend_name() == "sqlite"
-        self.name = self._url.database or "" if self.is_sqlite else self._url.render_as_string(hide_password=True)
-        """What sentences call it; without its password."""
-
+        self._location = Location(location)
+        self.is_sqlite = self._location.is_sqlite
+        self.name = self._location.name
+        self.errors = self._location.errors
         self.leadership = None if self.is_sqlite else Leadership(self.name, lead_seconds)
         """Which of several writes to it; None where there can't be several."""
 
@@ -96,7 +92,7 @@ class Database:
                 self._lock_sqlite()
             # Look before writing: what is not ours must not be touched, not even by the journal mode.
             with self.reader.connect() as connection:
-                version = self._version(connection)
+                version = self._location.version(connection)
             if self.is_sqlite:
                 with self.writer.connect() as connection:
                     connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
@@ -106,19 +102,6 @@ class Database:
                 stat = os.stat(self.name)
                 self._identity = (stat.st_dev, stat.st_ino)
 
-    def _version(self, connection: Connection) -> int | None:
-        """Return the version of the tables, None if there are none."""
-        tables = set(sa.inspect(connection).get_table_names())
-        if schema.about.name not in tables:
-            # A database on a server may well hold other people's tables; a file that does is not ours.
-            foreign = tables if self.is_sqlite else tables & schema.metadata.tables.keys()
-            if foreign:
-                raise StoreError(f"{self.name} holds tables of something else, such as {sorted(foreign)[0]!r}")
-            return None
-        version = connection.execute(sa.select(schema.about.c.schema_version)).scalar_one()
-        check_version(self.name, version)
-        return int(version)
-
     def _migrate(self) -> None:
         """Bring the tables to this program's version, all of them or none."""
         with self.writer.begin() as connection:
@@ -126,7 +109,7 @@ class Database:
                 # Others may be starting, too: the second finds that all is done.
                 self.take_time(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            migrations.upgrade(connection, self._version(connection) or 0)
+            migrations.upgrade(connection, self._location.version(connection) or 0)
 
     def take_time(self, connection: Connection) -> None:
         """Lift the limits of time for the rest of a transaction that takes long."""
@@ -149,8 +132,7 @@ class Database:
 
     def _sqlite_engine(self, *, writer: bool) -> Engine:
         arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
-        engine = sa.create_engine(
-            self._url,
+        engine = self._location.engine(
             pool_size=1 if writer else READERS,
             max_overflow=0,
             poolclass=sa.pool.QueuePool,
@@ -184,24 +166,18 @@ class Database:
             # Of a leader that is paused within a transaction: its lock on the row would keep others from taking over.
             limits["idle_in_transaction_session_timeout"] = f"{round(self.leadership.lead_seconds * 1000)}ms"
         # The user's own come last, and win.
-        options = [*(f"-c {name}={value}" for name, value in limits.items()), str(self._url.query.get("options", ""))]
-        try:
-            engine = sa.create_engine(
-                self._url,
-                pool_size=1 if writer else READERS,
-                max_overflow=0,
-                # The writer finds out by itself whether its connection is dead, and what became of its commit.
-                pool_pre_ping=not writer,
-                isolation_level="READ COMMITTED" if writer else "REPEATABLE READ",
-                connect_args={
-                    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-                    "application_name": "stats_svc",
-                    "options": " ".join(options),
-                    **_PATIENCE,
-                },
-            )
-        except ModuleNotFoundError as error:
-            raise StoreError(f"PostgreSQL needs the package {error.name}; install modpressure[postgres]") from None
+        options = [
+            *(f"-c {name}={value}" for name, value in limits.items()),
+            str(self._location.url.query.get("options", "")),
+        ]
+        engine = self._location.engine(
+            pool_size=1 if writer else READERS,
+            max_overflow=0,
+            # The writer finds out by itself whether its connection is dead, and what became of its commit.
+            pool_pre_ping=not writer,
+            isolation_level="READ COMMITTED" if writer else "REPEATABLE READ",
+            connect_args={"application_name": "stats_svc", "options": " ".join(options), **_PATIENCE},
+        )
 
         @event.listens_for(engine, "handle_error")
         def on_error(context: sa.engine.ExceptionContext) -> None:
@@ -269,21 +245,6 @@ class Database:
             os.close(self._lock_file)
             self._lock_file = None
 
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turn what the database or the file system raises into StoreError, one sentence that names the database."""
-        try:
-            yield
-        except sa.exc.DBAPIError as error:
-            raise StoreError(f"{self.name}: {_reason(error.orig)}") from error
-        except sqlite3.Error as error:
-            # Of what goes past SQLAlchemy.
-            raise StoreError(f"{self.name}: {_reason(error)}") from error
-        except sa.exc.SQLAlchemyError as error:
-            raise StoreError(f"{self.name}: {_first_line(error)}") from error
-        except OSError as error:
-            raise StoreError(f"{self.name}: {(error.strerror or str(error)).lower()}") from error
-
 
 def _look(connection: Connection) -> None:
     connection.execute(sa.select(schema.about.c.schema_version))
@@ -299,37 +260,3 @@ def _is_worth_a_retry(error: sa.exc.DBAPIError) -> bool:
     """Return whether a transaction may come to a better end when it is tried again."""
     code = getattr(error.orig, "sqlstate", None) or ""
     return _is_lost(error) or code in _WORTH_A_RETRY or code.startswith("08")
-
-
-def _url_of(location: str) -> URL:
-    if "://" not in location:
-        return URL.create("sqlite", database=os.path.abspath(location))
-    try:
-        url = make_url(location)
-        if url.drivername in ("postgresql", "postgres"):
-            # Without a driver SQLAlchemy would take psycopg2.
-            url = url.set(drivername="postgresql+psycopg")
-        url.get_dialect()
-    except (sa.exc.ArgumentError, ValueError):
-        # What follows may hold a password, and can't be told apart from it.
-        scheme = location.partition("://")[0]
-        raise StoreError(f"'{scheme}://...' is neither a path nor the URL of a database") from None
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise StoreError(f"{url.drivername} is not supported; give the path of an SQLite file or a postgresql:// URL")
-    if url.get_backend_name() == "sqlite":
-        if not url.database or url.database == ":memory:":
-            raise StoreError(f"{location!r} names no file; counts that are not in a file can't be kept")
-        url = url.set(database=os.path.abspath(url.database))
-    return url
-
-
-def _reason(error: BaseException | None) -> str:
-    """Return why, in SQLite's or PostgreSQL's words, as the end of a sentence."""
-    if isinstance(error, sqlite3.Error):
-        # "file is not a database", "attempt to write a readonly database", "database or disk is full", ...
-        return str(error)
-    return _first_line(error)
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

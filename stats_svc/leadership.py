@@ -24,7 +24,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from stats_svc import schema
-from stats_svc.rows import StandingBy, StoreError
+from stats_svc.location import check_version
+from stats_svc.rows import StandingBy
 
 DEFAULT_LEAD_SECONDS: Final = 3.0
 
@@ -51,14 +52,6 @@ _move_on = (
     .values(commits=sa.bindparam("the_commits"), leader_address=sa.bindparam("my_address"))
 )
 _give_up = sa.update(schema.about).where(_about.epoch == sa.bindparam("the_epoch")).values(leader="", leader_address="")
-
-
-def check_version(database: str, version: int) -> None:
-    """Return if a database's tables are not of a later version than this program's; StoreError if they are."""
-    if version > schema.SCHEMA_VERSION:
-        raise StoreError(
-            f"{database} has version {version} of the tables; this program knows versions up to {schema.SCHEMA_VERSION}"
-        )
 
 
 class Leadership:

@@ -41,10 +41,12 @@ async def backup(
     Examples:
       modpressure backup /backups/modpressure-$(date +%F).sqlite3
     """
-    location = database or load_settings(StatsSettings, {}, session.config).database
-    if "://" in location and not location.startswith("sqlite:"):
+    from stats_svc.location import Location
+
+    location = Location(database or load_settings(StatsSettings, {}, session.config).database)
+    if not location.is_sqlite:
         raise BadRequest("a database on a server is copied by the server's own tools: pg_dump --format=custom")
-    source = Path(location.partition("://")[2].removeprefix("/") if "://" in location else location)
+    source = Path(location.name)
     if not source.is_file():
         raise NotFound(f"there is no file {str(source)!r}")
     if file.exists() and not force:

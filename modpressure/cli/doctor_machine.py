@@ -8,7 +8,6 @@ import os
 import platform
 import resource
 import shutil
-import sqlite3
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ FREE_BYTES: Final = 256 << 20
 
 OPEN_FILES: Final = 1024
 SOON_DAYS: Final = 14
-_TRIES_SECONDS: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,69 +84,28 @@ def _cache(session: Session) -> Finding:
 
 
 def _database(session: Session) -> Finding:
-    database = load_settings(StatsSettings, config=session.config).database
-    if "://" in database and not database.startswith("sqlite"):
-        return _database_server(database)
-    return _database_file(Path(database.partition("://")[2].removeprefix("/") if "://" in database else database))
+    """Look whether stats_svc would start over its database; nothing is made or changed there."""
+    from stats_svc.location import LaterVersion, Location
+    from stats_svc.rows import StoreError
 
-
-def _database_file(path: Path) -> Finding:
-    """Look whether a file is, or could become, a database of ours."""
-    finding = _writable("database", path.absolute().parent, "database")
-    if not finding.ok or not path.exists():
-        return finding
-    if not os.access(path, os.R_OK | os.W_OK):
-        return Finding("database", False, f"{path} can't be written to", "see who owns it")
-    # A file that nobody uses has no log, and is read without one being made.
-    how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    remedy = "see docs/settings.md, database"
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?{how}", _TRIES_SECONDS, uri=True)
-        ) as connection:
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if not tables:
+        location = Location(load_settings(StatsSettings, config=session.config).database)
+        finding = Finding("database", True, f"{location.name} answers")
+        remedy = "start the server, or mend the setting database"
+        if location.is_sqlite:
+            path, remedy = Path(location.name), "name another file (setting database)"
+            finding = _writable("database", path.parent, "database")
+            if not finding.ok:
                 return finding
-            (version,) = connection.execute("SELECT schema_version FROM modpressure").fetchone()
-    except sqlite3.Error as error:
-        return Finding(
-            "database", False, f"{path} holds something else: {error}", "name another file (setting database)"
-        )
-    return _of_version("database", str(path), version) or finding
-
-
-def _of_version(what: str, name: str, version: int) -> Finding | None:
-    """Return what is wrong with a database whose tables have a version; None if nothing is."""
-    from stats_svc.schema import SCHEMA_VERSION
-
-    if version <= SCHEMA_VERSION:
-        return None
-    text = f"{name} has version {version} of the tables, this program knows up to {SCHEMA_VERSION}"
-    return Finding(what, False, text, "install the newer modpressure, or go back to a backup")
-
-
-def _database_server(url: str) -> Finding:
-    """Look whether a database server lets us in; its password is not shown."""
-    import sqlalchemy as sa
-
-    try:
-        parsed = sa.make_url(url)
-        name = parsed.render_as_string(hide_password=True)
-        if parsed.drivername in ("postgresql", "postgres"):
-            # As stats_svc does, whatever SQLAlchemy takes by itself.
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        timeout = {"connect_timeout": int(_TRIES_SECONDS)}
-        engine = sa.create_engine(parsed, poolclass=sa.NullPool, connect_args=timeout)
-        with engine.connect() as connection:
-            if sa.inspect(connection).has_table("modpressure"):
-                version = connection.scalar(sa.text("SELECT schema_version FROM modpressure"))
-                if finding := _of_version("database", name, version or 0):
-                    return finding
-    except sa.exc.ArgumentError:
-        return Finding("database", False, "the setting is no URL", "see docs/settings.md, database")
-    except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        return Finding("database", False, f"{name}: {reason}", "start the server, or mend the setting database")
-    return Finding("database", True, f"{name} answers")
+            if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+                return Finding("database", False, f"{path} can't be written to", "see who owns it")
+        location.check()
+    except LaterVersion as error:
+        return Finding("database", False, error.sentence, "install the newer modpressure, or go back to a backup")
+    except StoreError as error:
+        return Finding("database", False, error.sentence, remedy)
+    return finding
 
 
 def _writable(what: str, directory: Path, setting: str) -> Finding:
