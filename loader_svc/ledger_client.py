@@ -30,6 +30,7 @@ from loader_svc.presence import Presence
 from modpressure.client_errors import end_requests, error_of
 from modpressure.errors import NotNow, Overloaded, Replaced, Unavailable
 from modpressure.fair import FLOW, Flow
+from modpressure.operations import STEPS
 from modpressure.tls import BadCredentials, ClientTls, open_channel, read_token
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
@@ -190,7 +191,7 @@ class LedgerClient:
 
         self._asked: dict[int, _Asked] = {}
         self._batches: dict[int, _Batch] = {}
-        self._gates: dict[int, pb.HeldGate] = {}
+        self._calls: dict[int, pb.CallInFlight] = {}
         self._requests: dict[int, pb.HeldRequest] = {}
         self._live: set[int] = set()
         """Calls whose module is live."""
@@ -357,7 +358,7 @@ class LedgerClient:
             hello = pb.Hello(
                 instance_id=self.instance_id,
                 loader=self.loader,
-                gates=map(self._held, self._gates.values()),
+                calls=map(self._in_flight, self._calls.values()),
                 live_call_ids=sorted(self._live),
                 requests=self._requests.values(),
                 former_instance_ids=self._former_instance_ids,
@@ -440,7 +441,7 @@ class LedgerClient:
         self._lost_now = asyncio.Event()
         self._ended_again.clear()
         self._batches.clear()
-        self._gates.clear()
+        self._calls.clear()
         self._requests.clear()
         self._outbox.clear()
         self._outbox_filled.clear()
@@ -467,13 +468,26 @@ class LedgerClient:
         for call_id in live:
             self._on_released(call_id)
 
-    def _held(self, gate: pb.HeldGate) -> pb.HeldGate:
-        """Return what is said of a gate: its call may have ended, and only stats_svc can know."""
-        asked = self._asked.get(gate.call_id)
-        if asked is None or asked.batch is None or not asked.operation.HasField("finish_call"):
-            return gate
-        sequence = asked.batch.message.sequence
-        return pb.HeldGate(system=gate.system, call_id=gate.call_id, inode=gate.inode, finish_sequence=sequence)
+    def _note(self, operation: pb.Operation, kind: str, verdict: int) -> None:
+        """Note that a call is in flight, and what it has said and holds."""
+        call = self._calls.get(operation.call_id)
+        if call is None:
+            call = pb.CallInFlight(system=operation.system, call_id=operation.call_id)
+            self._calls[operation.call_id] = call
+        match kind:
+            case "enter_gate" if verdict == PROCEED:
+                call.inode = operation.enter_gate.inode
+            case "check_name":
+                call.module = operation.check_name.module
+            case "reserve_name":
+                call.module = operation.reserve_name.module
+
+    def _in_flight(self, call: pb.CallInFlight) -> pb.CallInFlight:
+        """Return what is said of a call: it may have ended, and only stats_svc can know."""
+        asked = self._asked.get(call.call_id)
+        if asked is not None and asked.batch is not None and asked.operation.HasField("finish_call"):
+            call.finish_sequence = asked.batch.message.sequence
+        return call
 
     def _say_again(self, applied_sequence: int) -> list[pb.OperationBatch]:
         """Return what of the batches is unanswered, under their old numbers, and the interrupts that were not applied.
@@ -563,12 +577,11 @@ class LedgerClient:
             # Noted here, not by who asked: a hello that is said before the asker runs again must tell the truth.
             match operation.WhichOneof("kind"):
                 case "finish_call":
-                    self._gates.pop(call_id, None)
+                    self._calls.pop(call_id, None)
                     if result.verdict == PROCEED and operation.finish_call.call.outcome == call_pb2.OUTCOME_LIVE:
                         self._live.add(call_id)
-                case "enter_gate" if result.verdict == PROCEED:
-                    inode = operation.enter_gate.inode
-                    self._gates[call_id] = pb.HeldGate(system=operation.system, call_id=call_id, inode=inode)
+                case kind if kind in STEPS and result.verdict not in (INVALID, LOST):
+                    self._note(operation, kind, result.verdict)
                 case "request_module" if result.verdict == PROCEED:
                     asked_for = operation.request_module
                     held = pb.HeldRequest(system=operation.system, call_id=call_id, request=asked_for)

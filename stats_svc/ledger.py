@@ -269,7 +269,7 @@ class Ledger:
         BadRequest if the hello makes no sense, Forbidden if it is in the name of a process that may use more systems,
         Unavailable while the database is away.
         """
-        check_hello(hello.instance_id, hello.loader, hello.former_instance_ids)
+        check_hello(hello)
         self._check_available()
         if hello.instance_id not in self._state.instances:
             await self._check_not_over(hello.instance_id)
@@ -302,7 +302,7 @@ class Ledger:
         self._state.inherit(instance, hello.former_instance_ids)
         self._unsaved[instance.id] = instance
         self._sessions.add(session)
-        self._state.take_gates(instance, hello.gates)
+        self._state.take_calls(instance, hello.calls)
         self._state.take_requests(instance, hello.requests)
         session.served += 1
         try:

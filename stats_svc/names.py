@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from modpressure.errors import BadRequest, shown
+from modpressure.v1 import ledger_service_pb2 as pb
 
 MAX_INSTANCE_ID_BYTES: Final = 64
 MAX_LOADER_BYTES: Final = 128
@@ -29,6 +30,9 @@ MAX_SYMBOLS: Final = 20_000
 MAX_MODULE_NAME_BYTES: Final = 64
 """Longer than any that the kernel takes: 56 bytes with its NUL (include/linux/module.h, ``MODULE_NAME_LEN``)."""
 
+MAX_INODE_BYTES: Final = 4096 + 256
+"""Longest key of a gate: a path (include/uapi/linux/limits.h, ``PATH_MAX``), and whose tree and which copy it is."""
+
 _SYSTEM_ID: Final = re.compile(r"[a-z][a-z0-9-]{0,62}", re.ASCII)
 _PRINTABLE: Final = re.compile(r"[\x21-\x7e]+", re.ASCII)
 
@@ -44,9 +48,27 @@ def check_system_id(value: str) -> str:
 
 def check_module_name(value: str) -> str:
     """Return ``value`` if it can be the name of a module: printable ASCII without spaces. BadRequest if not."""
-    if len(value) > MAX_MODULE_NAME_BYTES or not _PRINTABLE.fullmatch(value):
+    if not _is_module_name(value):
         raise BadRequest(f"{shown(value)} is no name of a module", field="module")
     return value
+
+
+def _is_module_name(value: str) -> bool:
+    return len(value) <= MAX_MODULE_NAME_BYTES and _PRINTABLE.fullmatch(value) is not None
+
+
+def check_inode(value: str) -> str:
+    """Return ``value`` if it can be the key of a gate. BadRequest if not."""
+    if len(value.encode()) > MAX_INODE_BYTES:
+        raise BadRequest(f"{shown(value)} is longer than {MAX_INODE_BYTES} bytes", field="inode")
+    return value
+
+
+def module_of_inode(inode: str) -> str:
+    """Return the module whose file has a key ``TREE:PATH:COPY``; empty if that names none."""
+    path = inode.partition(":")[2].rpartition(":")[0]
+    name = path.rpartition("/")[2].partition(".")[0].replace("-", "_")
+    return name if _is_module_name(name) else ""
 
 
 def check_symbols(values: Sequence[str]) -> None:
@@ -55,22 +77,26 @@ def check_symbols(values: Sequence[str]) -> None:
         raise BadRequest(f"{len(values)} symbols are more than {MAX_SYMBOLS}", field="symbols")
 
 
-def check_hello(instance_id: str, loader: str, former_instance_ids: Sequence[str] = ()) -> None:
+def check_hello(hello: pb.Hello) -> None:
     """Return if a loader may present itself so. BadRequest if not."""
-    if len(former_instance_ids) > MAX_FORMER_INSTANCES:
+    if len(hello.former_instance_ids) > MAX_FORMER_INSTANCES:
         raise BadRequest(
-            f"{len(former_instance_ids)} former instances are more than {MAX_FORMER_INSTANCES}",
+            f"{len(hello.former_instance_ids)} former instances are more than {MAX_FORMER_INSTANCES}",
             field="former_instance_ids",
         )
-    if len(instance_id) > MAX_INSTANCE_ID_BYTES or not _PRINTABLE.fullmatch(instance_id):
+    if len(hello.instance_id) > MAX_INSTANCE_ID_BYTES or not _PRINTABLE.fullmatch(hello.instance_id):
         raise BadRequest(
-            f"{shown(instance_id)} is no instance id: 1 to {MAX_INSTANCE_ID_BYTES} printable ASCII characters",
+            f"{shown(hello.instance_id)} is no instance id: 1 to {MAX_INSTANCE_ID_BYTES} printable ASCII characters",
             field="instance_id",
         )
-    if len(loader.encode()) > MAX_LOADER_BYTES or not loader.isprintable():
+    if len(hello.loader.encode()) > MAX_LOADER_BYTES or not hello.loader.isprintable():
         raise BadRequest(
-            f"{shown(loader)} is no name of a loader: at most {MAX_LOADER_BYTES} bytes, printable", field="loader"
+            f"{shown(hello.loader)} is no name of a loader: at most {MAX_LOADER_BYTES} bytes, printable", field="loader"
         )
+    for call in hello.calls:
+        check_inode(call.inode)
+        if call.module:
+            check_module_name(call.module)
 
 
 def is_request_id(value: str) -> bool:

@@ -23,6 +23,7 @@ from modpressure.errors import (
 )
 from modpressure.kernel.modules_list import PROCEED, Answer, State, Verdict
 from modpressure.kernel.system_memory import Amounts
+from modpressure.operations import STEPS
 from modpressure.tokens import covers
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
@@ -33,9 +34,11 @@ from stats_svc.names import (
     MAX_RECORD_BYTES,
     MAX_RESULT_BYTES,
     check_claim,
+    check_inode,
     check_module_name,
     check_symbols,
     check_system_id,
+    module_of_inode,
 )
 from stats_svc.rows import ClaimKey, ClaimRow, Snapshot, SystemRow, SystemSnapshot
 from stats_svc.session import MAX_INTERRUPTED, Caller, Fence, Instance, Session
@@ -71,11 +74,6 @@ _ENDS: Final = frozenset({"finish_call", "remove_module", "record_calls"})
 
 _WAITING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "await_init", "claim_request"})
 """Operations that may have to wait for another call."""
-
-_STEPS: Final = frozenset(
-    {"enter_gate", "check_name", "reserve_name", "form_module", "await_init", "find_symbols", "allocate_memory"}
-)
-"""Operations of a call on its way, which has to end."""
 
 _NAMING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "form_module"})
 """Those that name the call's module."""
@@ -185,17 +183,17 @@ class LedgerState:
                 if kind == "open_system":
                     self._open_system(group, session, system, operation, now_ns)
                     continue
+                if kind == "finish_call":
+                    calls.pop(operation.call_id, None)
                 if system is None:
                     raise NotFound(f"there is no system {shown(operation.system)}")
                 if peak_held_bytes > system.peak_held_bytes:
                     system.peak_held_bytes = peak_held_bytes
-                if kind == "finish_call":
-                    calls.pop(operation.call_id, None)
                 if left_behind is not None and self._apply_again(group, session, system, operation, left_behind):
                     continue
                 if kind is None:
                     raise BadRequest(f"the operation of call {operation.call_id} asks nothing that is known here")
-                if kind in _NAMING or (kind in _STEPS and operation.call_id not in calls):
+                if kind in _NAMING or (kind in STEPS and operation.call_id not in calls):
                     calls[operation.call_id] = (operation.system, _module_of(kind, operation))
                 self._operations[kind](group, session, system, operation)
             except LostClaim as error:
@@ -314,7 +312,7 @@ class LedgerState:
 
     def _enter_gate(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         caller = (session.instance.id, operation.call_id)
-        answer = system.enter(operation.enter_gate.inode, caller)
+        answer = system.enter(check_inode(operation.enter_gate.inode), caller)
         self._answer_or_wait(group, session, system, operation.call_id, answer)
 
     def _check_name(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
@@ -528,16 +526,20 @@ class LedgerState:
 
     # --- loader processes ---
 
-    def take_gates(self, instance: Instance, gates: Iterable[pb.HeldGate]) -> None:
-        """Give a loader the gates back that its calls hold: this process may have been started since."""
-        for gate in gates:
-            system = self.systems.get(gate.system)
-            caller = (instance.id, gate.call_id)
-            if 0 < gate.finish_sequence <= instance.applied_sequence:
-                # The call has ended, and its loader was not told. That may die before it asks again: a call that still
-                # held something would be taken for one that was never answered.
+    def take_calls(self, instance: Instance, calls: Iterable[pb.CallInFlight]) -> None:
+        """Learn which calls of a loader are in flight, and give the gates back that they hold.
+
+        This process may have been started since, and a call that holds nothing is stored nowhere.
+        """
+        for call in calls:
+            system = self.systems.get(call.system)
+            if system is None or 0 < call.finish_sequence <= instance.applied_sequence:
+                # The call has ended, and its loader was not told. That may die before it asks again: a call that is in
+                # flight would be taken for one that was never answered.
                 continue
-            if system is not None and gate.call_id not in instance.waits and system.enter(gate.inode, caller) is None:
+            caller = (instance.id, call.call_id)
+            instance.calls.setdefault(call.call_id, (call.system, call.module or module_of_inode(call.inode)))
+            if call.inode and call.call_id not in instance.waits and system.enter(call.inode, caller) is None:
                 # Somebody else was given it meanwhile. The call goes on; there is no result of it to share.
                 system.gate.interrupt(caller)
 
@@ -748,7 +750,5 @@ def _place(
 def _module_of(kind: str, operation: pb.Operation) -> str:
     """Return the module of a call that asks something, as far as that says it; empty if it does not."""
     if kind == "enter_gate":
-        # Identity of the tree, path, copy.
-        path = operation.enter_gate.inode.partition(":")[2].rpartition(":")[0]
-        return path.rpartition("/")[2].partition(".")[0].replace("-", "_")
+        return module_of_inode(operation.enter_gate.inode)
     return getattr(getattr(operation, kind), "module", "") if kind in _NAMING else ""

@@ -16,6 +16,7 @@ import pytest
 
 from modpressure.errors import AlreadyExists, BadRequest, LeaseEnded, NotFound, NotNow, Replaced, Unavailable
 from modpressure.kernel.outcome import Outcome
+from modpressure.operations import STEPS
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.events import EventFilter, EventLog
@@ -165,7 +166,7 @@ class Loader:
         self.session: Session | None = None
         self.released: list[int] = []
         self.deleted_systems: list[str] = []
-        self.gates: dict[int, pb.HeldGate] = {}
+        self.in_flight: dict[int, pb.CallInFlight] = {}
         self.live: set[int] = set()
         self.requests: list[pb.HeldRequest] = []
         self.former: list[str] = []
@@ -185,16 +186,14 @@ class Loader:
 
     def hello(self) -> pb.Hello:
         """Return what it says first on a stream."""
-        for gate in self.gates.values():
-            gate.finish_sequence = 0
         for sequence, unanswered in self.batches.items():
             for call_id, operation in unanswered.items():
-                if operation.HasField("finish_call") and call_id in self.gates:
-                    self.gates[call_id].finish_sequence = sequence
+                if operation.HasField("finish_call") and call_id in self.in_flight:
+                    self.in_flight[call_id].finish_sequence = sequence
         return pb.Hello(
             instance_id=self.name,
             loader=f"loader {self.name}",
-            gates=self.gates.values(),
+            calls=self.in_flight.values(),
             live_call_ids=self.live,
             requests=self.requests,
             former_instance_ids=self.former,
@@ -227,7 +226,7 @@ class Loader:
         self.former.append(self.name)
         self.name += "+"
         self.sequence = 0
-        for kept in (self.batches, self.unacknowledged, self.answers, self.gates):
+        for kept in (self.batches, self.unacknowledged, self.answers, self.in_flight):
             kept.clear()
         await self.connect()
 
@@ -252,12 +251,15 @@ class Loader:
             answer = self.answers.pop(result.call_id)
             for sequence, unanswered in list(self.batches.items()):
                 operation = unanswered.pop(result.call_id, None)
-                if operation is not None and operation.HasField("enter_gate") and result.verdict == PROCEED:
-                    self.gates[result.call_id] = pb.HeldGate(
-                        system=operation.system, call_id=result.call_id, inode=operation.enter_gate.inode
+                if operation is not None and operation.WhichOneof("kind") in STEPS:
+                    call = self.in_flight.setdefault(
+                        result.call_id, pb.CallInFlight(system=operation.system, call_id=result.call_id)
                     )
+                    if operation.HasField("enter_gate") and result.verdict == PROCEED:
+                        call.inode = operation.enter_gate.inode
+                    call.module = operation.check_name.module or operation.reserve_name.module or call.module
                 if operation is not None and operation.HasField("finish_call"):
-                    self.gates.pop(result.call_id, None)
+                    self.in_flight.pop(result.call_id, None)
                     if result.verdict == PROCEED and operation.finish_call.call.outcome == call_pb2.OUTCOME_LIVE:
                         self.live.add(result.call_id)
                 if not unanswered:

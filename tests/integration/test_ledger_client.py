@@ -127,7 +127,7 @@ async def test_nothing_new_is_sent_before_the_ends_that_are_asked_again_are_answ
     assert (await reading).call_id == 2
 
 
-async def test_the_hello_says_in_which_batch_a_call_that_holds_a_gate_has_asked_to_end(
+async def test_the_hello_says_which_calls_are_in_flight_and_in_which_batch_one_has_asked_to_end(
     stats: tuple[StatsSvc, LedgerClient],
 ) -> None:
     servicer, client = stats
@@ -139,16 +139,18 @@ async def test_the_hello_says_in_which_batch_a_call_that_holds_a_gate_has_asked_
         assert (await first.batch()).sequence == call_id
         await first.answer(call_id, call_id)
         await entering
+    check = pb.CheckName(module="xfs")
     asked = [
         asyncio.create_task(client.ask(pb.Operation(call_id=1, system="default", finish_call=pb.FinishCall()))),
-        asyncio.create_task(client.ask(pb.Operation(call_id=2, system="default", check_name=pb.CheckName()))),
+        asyncio.create_task(client.ask(pb.Operation(call_id=2, system="default", check_name=check))),
     ]
     ending = await first.batch()
     first.ended.set()
     second = await servicer.stream()
-    gates = (await second.hello()).gates
-    assert [(gate.call_id, gate.finish_sequence) for gate in gates] == [(1, ending.sequence), (2, 0)]
-    assert [gate.inode for gate in gates] == ["inode 1", "inode 2"]
+    assert list((await second.hello()).calls) == [
+        pb.CallInFlight(system="default", call_id=1, inode="inode 1", finish_sequence=ending.sequence),
+        pb.CallInFlight(system="default", call_id=2, inode="inode 2"),
+    ]
     await second.welcome(ending.sequence)
     while not all(task.done() for task in asked):
         again = await second.batch()
@@ -157,9 +159,11 @@ async def test_the_hello_says_in_which_batch_a_call_that_holds_a_gate_has_asked_
     third = asyncio.create_task(client.ask(enter(3)))
     await second.batch()
     second.ended.set()
-    # Once it was told so it holds nothing any more.
+    # Once it was told so the first one is over; of the third nobody has heard.
     last = await servicer.stream()
-    assert [gate.call_id for gate in (await last.hello()).gates] == [2]
+    assert list((await last.hello()).calls) == [
+        pb.CallInFlight(system="default", call_id=2, inode="inode 2", module="xfs")
+    ]
     third.cancel()
 
 

@@ -96,6 +96,48 @@ async def test_calls_of_a_loader_that_is_gone_are_seen_and_never_counted(bench: 
     assert counted(bench).counters.abandoned_calls == len(abandoned(bench)) == 3
 
 
+async def test_calls_of_a_loader_that_came_back_after_a_restart_and_is_gone_are_seen(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(enter(1, "tree:kernel/fs/btrfs-old.ko.xz:0"))
+    await a.ask(check(2, "xfs"))
+    await a.ask(reserve(3, "kvm"))
+    await a.ask(check(4, "loop"))
+    await a.ask(fail(4, module="loop"))
+    await bench.crash()
+    await b.connect()
+    await a.connect()
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    assert sorted(abandoned(bench)) == [("loader a", 1, "btrfs_old"), ("loader a", 2, "xfs"), ("loader a", 3, "kvm")]
+    counters = counted(bench).counters
+    assert (counters.abandoned_calls, counters.calls) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (pb.CallInFlight(inode="x" * 5000), "is longer than 4352 bytes"),
+        (pb.CallInFlight(module="two words"), "'two words' is no name of a module"),
+        (pb.CallInFlight(module="x" * 65), "is no name of a module"),
+    ],
+)
+async def test_a_hello_with_calls_that_make_no_sense_is_refused(
+    bench: Bench, call: pb.CallInFlight, message: str
+) -> None:
+    await connected(bench, "a")
+    with pytest.raises(BadRequest, match=message):
+        await bench.ledger.connect(pb.Hello(instance_id="b", loader="b", calls=[call]))
+
+
+async def test_a_gate_of_what_is_no_file_is_refused(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    refused = await a.ask(enter(1, "x" * 5000))
+    assert refused.verdict == pb.OperationResult.VERDICT_INVALID
+    assert "is longer than 4352 bytes" in refused.message
+
+
 async def test_a_name_whose_loader_is_gone_before_and_after_a_restart_is_abandoned_once(bench: Bench) -> None:
     a, b = await connected(bench, "a", "b")
     await a.ask(reserve(1))
@@ -128,7 +170,7 @@ async def test_a_call_that_has_ended_is_not_abandoned_by_a_loader_that_was_not_t
         await bench.crash()
         await b.connect()
     hello = a.hello()
-    assert [gate.call_id for gate in hello.gates] == [1]
+    assert [call.call_id for call in hello.calls] == [1]
     await bench.ledger.connect(hello)
     # It is killed before it asks again, and nobody has to wait until that is noticed.
     entering = b.begin(enter(b.new_call()))
@@ -149,14 +191,14 @@ async def test_a_call_whose_end_was_lost_with_stats_svc_is_abandoned_by_a_loader
     await bench.crash()
     await b.connect()
     hello = a.hello()
-    assert hello.gates[0].finish_sequence == 2
+    assert hello.calls[0].finish_sequence == 2
     await bench.ledger.connect(hello)
     waiting = b.begin(enter(b.new_call(), "tree:kernel/fs/xfs/xfs.ko:0"))
     await settle(b)
     assert not waiting.done()
     await bench.ledger.connect(pb.Hello(instance_id="a2", loader="loader a"))
     assert said(await waiting) == (PROCEED, "", True)
-    assert abandoned(bench) == [("loader a", 1, "")]
+    assert abandoned(bench) == [("loader a", 1, "xfs")]
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -3,6 +3,7 @@
 import pytest
 
 from modpressure.errors import BadRequest
+from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.names import check_hello, check_module_name, check_system_id, shown
 
 
@@ -26,11 +27,11 @@ def test_the_kernels_module_names_are_accepted_and_others_are_not() -> None:
 
 
 def test_a_loader_may_be_named_in_any_script_but_not_across_lines() -> None:
-    check_hello("0123abc", "Lader Nr. 1 – 模块")
-    check_hello("x", "")
+    check_hello(pb.Hello(instance_id="0123abc", loader="Lader Nr. 1 – 模块"))
+    check_hello(pb.Hello(instance_id="x"))
     for instance_id, loader in (("", "a"), ("a b", "a"), ("a", "a\nb"), ("a", "ü" * 65)):
         with pytest.raises(BadRequest):
-            check_hello(instance_id, loader)
+            check_hello(pb.Hello(instance_id=instance_id, loader=loader))
 
 
 def test_long_values_are_shown_shortened_and_on_one_line() -> None:
