@@ -177,7 +177,8 @@ class Rounds:
         except _RefusedError as error:
             # What the books do not tell of: a call that holds a gate, and has long ended as its loader knows.
             found.append(Finding("wrong", str(error)))
-        self._note(past.number, past.system, past.diary, [*past.faults, "and those of the next round"], found)
+        finally:
+            self._note(past.number, past.system, past.diary, [*past.faults, "and those of the next round"], found)
 
     def _note(self, number: int, system: str, diary: Diary, told: list[str], found: list[Finding]) -> None:
         if not found:
@@ -215,7 +216,7 @@ class Rounds:
     async def _ask_stats(self, ask: Callable[[StatsServiceAsyncStub], Awaitable[T]]) -> T:
         """Ask any stats_svc directly, and the next, until one answers.
 
-        _RefusedError if they say to the end that it is not the time for it, another RuntimeError if none answers.
+        _RefusedError if the last one says that it is not the time for it, another RuntimeError if it does not answer.
         """
         deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
         while True:
