@@ -18,6 +18,9 @@ from stats_svc.rows import StoreError
 CONNECT_TIMEOUT_SECONDS: Final = 5
 """How long a PostgreSQL server may take to answer."""
 
+_SHOWN_PARAMETERS: Final = frozenset({"host", "hostaddr", "port", "dbname", "user", "service", "sslmode"})
+"""Parameters of a URL that say which database it is, and can be shown (libpq's names)."""
+
 
 class LaterVersion(StoreError):
     """The tables were made by a later version of this program."""
@@ -38,10 +41,12 @@ class Location:
 
         StoreError if it is not ours, not a database, or not reached, LaterVersion if it is of a later version.
         """
-        if self.is_sqlite and not os.path.exists(self.name):
-            return
+        engine = self.engine()
+        if self.is_sqlite:
+            if not os.path.exists(self.name):
+                return
+            engine = sa.create_engine("sqlite://", creator=self._read_sqlite)
         with self.errors():
-            engine = sa.create_engine("sqlite://", creator=self._read_sqlite) if self.is_sqlite else self.engine()
             try:
                 with engine.connect() as connection:
                     self.version(connection)
@@ -54,14 +59,22 @@ class Location:
         return sqlite3.connect(f"{Path(self.name).as_uri()}?{how}", CONNECT_TIMEOUT_SECONDS, uri=True)
 
     def engine(self, **arguments: Any) -> sa.Engine:
-        """Make an engine with SQLAlchemy's ``arguments``. StoreError if the package for it is missing."""
+        """Make an engine with SQLAlchemy's ``arguments``.
+
+        StoreError if the package for it is missing, or the URL's parameters make no sense.
+        """
         connect_args = arguments.pop("connect_args", {})
         if not self.is_sqlite:
             connect_args = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **connect_args}
         try:
-            return sa.create_engine(self.url, connect_args=connect_args, **arguments)
+            engine = sa.create_engine(self.url, connect_args=connect_args, **arguments)
+            # They are looked at with the first connection, whose errors are the driver's.
+            engine.dialect.create_connect_args(self.url)
+        except (ValueError, sa.exc.ArgumentError) as error:
+            raise StoreError(f"{self.name}: {_first_line(error)}") from None
         except ModuleNotFoundError as error:
             raise StoreError(f"PostgreSQL needs the package {error.name}; install modpressure[postgres]") from None
+        return engine
 
     def version(self, connection: Connection) -> int | None:
         """Return the version of the tables, None if there are none; StoreError as in ``check``."""
@@ -113,7 +126,7 @@ def _url_of(location: str) -> URL:
         # What follows may hold a password, and can't be told apart from it.
         scheme = location.partition("://")[0]
         raise StoreError(f"'{scheme}://...' is neither a path nor the URL of a database") from None
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
+    if url.drivername not in ("sqlite", "sqlite+pysqlite") and url.get_backend_name() != "postgresql":
         raise StoreError(f"{url.drivername} is not supported; give the path of an SQLite file or a postgresql:// URL")
     if url.get_backend_name() == "sqlite":
         if not url.database or url.database == ":memory:":
@@ -123,9 +136,9 @@ def _url_of(location: str) -> URL:
 
 
 def _without_secrets(url: URL) -> str:
-    # libpq takes password and sslpassword among its parameters, too.
-    passwords = [name for name in url.query if name.endswith("password")]
-    return url.difference_update_query(passwords).render_as_string(hide_password=True)
+    # Passwords and keys may be among libpq's parameters, too (password, sslpassword, oauth_client_secret and others).
+    secrets = [name for name in url.query if name not in _SHOWN_PARAMETERS]
+    return url.difference_update_query(secrets).render_as_string(hide_password=True)
 
 
 def _reason(error: BaseException | None) -> str:

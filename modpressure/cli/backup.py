@@ -42,8 +42,12 @@ async def backup(
       modpressure backup /backups/modpressure-$(date +%F).sqlite3
     """
     from stats_svc.location import Location
+    from stats_svc.rows import StoreError
 
-    location = Location(database or load_settings(StatsSettings, {}, session.config).database)
+    try:
+        location = Location(database or load_settings(StatsSettings, {}, session.config).database)
+    except StoreError as error:
+        raise BadRequest(error.sentence) from error
     if not location.is_sqlite:
         raise BadRequest("a database on a server is copied by the server's own tools: pg_dump --format=custom")
     source = Path(location.name)

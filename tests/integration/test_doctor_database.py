@@ -80,6 +80,9 @@ def test_a_file_over_which_stats_svc_would_not_start_is_a_problem(
     ("location", "sentence"),
     [
         ("postgresql://me:secret@/x?port=five&password=secret", "//me:***@/x?port=five: Received non-integer port"),
+        ("postgresql://me@/x?port=five&oauth_client_secret=secret", "//me@/x?port=five: Received non-integer port"),
+        ("sqlite:////nosuch/x?timeout=soon", "/nosuch/x: could not convert string to float"),
+        ("sqlite+aiosqlite:////nosuch/x", "sqlite+aiosqlite is not supported"),
         ("postgresql://me:secret@host:port/x", "'postgresql://...' is neither a path nor the URL of a database"),
         ("mysql://me:secret@host/x", "not supported"),
         ("sqlite://", "names no file"),
