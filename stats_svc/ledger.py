@@ -285,6 +285,7 @@ class Ledger:
             self._check_covered(one, patterns, is_same=one is instance)
         for other in others:
             self._fence(other, Fence.REPLACED)
+        is_known = instance is not None
         if instance is None:
             instance = Instance(hello.instance_id, hello.loader)
             self._state.instances[instance.id] = instance
@@ -302,8 +303,10 @@ class Ledger:
         self._state.inherit(instance, hello.former_instance_ids)
         self._unsaved[instance.id] = instance
         self._sessions.add(session)
-        self._state.take_calls(instance, hello.calls)
-        self._state.take_requests(instance, hello.requests)
+        if is_known:
+            # What one has in flight that is new here was asked of another database.
+            self._state.take_calls(instance, hello.calls)
+            self._state.take_requests(instance, hello.requests)
         session.served += 1
         try:
             # What was applied must be committed before the loader is told so, for it may then forget it.

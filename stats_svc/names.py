@@ -46,15 +46,16 @@ def check_system_id(value: str) -> str:
     return value
 
 
+def is_module_name(value: str) -> bool:
+    """Whether a module can be called so."""
+    return len(value) <= MAX_MODULE_NAME_BYTES and _PRINTABLE.fullmatch(value) is not None
+
+
 def check_module_name(value: str) -> str:
     """Return ``value`` if it can be the name of a module: printable ASCII without spaces. BadRequest if not."""
-    if not _is_module_name(value):
+    if not is_module_name(value):
         raise BadRequest(f"{shown(value)} is no name of a module", field="module")
     return value
-
-
-def _is_module_name(value: str) -> bool:
-    return len(value) <= MAX_MODULE_NAME_BYTES and _PRINTABLE.fullmatch(value) is not None
 
 
 def check_inode(value: str) -> str:
@@ -68,7 +69,7 @@ def module_of_inode(inode: str) -> str:
     """Return the module whose file has a key ``TREE:PATH:COPY``; empty if that names none."""
     path = inode.partition(":")[2].rpartition(":")[0]
     name = path.rpartition("/")[2].partition(".")[0].replace("-", "_")
-    return name if _is_module_name(name) else ""
+    return name if is_module_name(name) else ""
 
 
 def check_symbols(values: Sequence[str]) -> None:

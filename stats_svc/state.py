@@ -38,6 +38,7 @@ from stats_svc.names import (
     check_module_name,
     check_symbols,
     check_system_id,
+    is_module_name,
     module_of_inode,
 )
 from stats_svc.rows import ClaimKey, ClaimRow, Snapshot, SystemRow, SystemSnapshot
@@ -748,7 +749,8 @@ def _place(
 
 
 def _module_of(kind: str, operation: pb.Operation) -> str:
-    """Return the module of a call that asks something, as far as that says it; empty if it does not."""
+    """Return the module of a call that asks something, as far as that says it; empty if it does not, or is refused."""
     if kind == "enter_gate":
         return module_of_inode(operation.enter_gate.inode)
-    return getattr(getattr(operation, kind), "module", "") if kind in _NAMING else ""
+    name = getattr(getattr(operation, kind), "module", "") if kind in _NAMING else ""
+    return name if is_module_name(name) else ""

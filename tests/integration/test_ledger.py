@@ -251,7 +251,8 @@ class Loader:
             answer = self.answers.pop(result.call_id)
             for sequence, unanswered in list(self.batches.items()):
                 operation = unanswered.pop(result.call_id, None)
-                if operation is not None and operation.WhichOneof("kind") in STEPS:
+                is_refused = result.verdict == pb.OperationResult.VERDICT_INVALID
+                if operation is not None and operation.WhichOneof("kind") in STEPS and not is_refused:
                     call = self.in_flight.setdefault(
                         result.call_id, pb.CallInFlight(system=operation.system, call_id=result.call_id)
                     )

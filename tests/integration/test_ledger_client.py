@@ -11,10 +11,13 @@ import pytest
 
 from loader_svc.ledger_client import LedgerClient
 from loader_svc.memory import Meter
+from modpressure.errors import NotNow
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
 
 LEASE_SECONDS = 0.2
+PROCEED, INVALID = pb.OperationResult.VERDICT_PROCEED, pb.OperationResult.VERDICT_INVALID
+Verdict = pb.OperationResult.Verdict.ValueType
 
 
 class Stream:
@@ -46,8 +49,8 @@ class Stream:
             if message is not None and message.operations:
                 return message
 
-    async def answer(self, applied_sequence: int, *call_ids: int) -> None:
-        results = [pb.OperationResult(call_id=n, verdict=pb.OperationResult.VERDICT_PROCEED) for n in call_ids]
+    async def answer(self, applied_sequence: int, *call_ids: int, verdict: Verdict = PROCEED) -> None:
+        results = [pb.OperationResult(call_id=n, verdict=verdict) for n in call_ids]
         response = pb.ResultBatch(applied_sequence=applied_sequence, results=results)
         await self._context.write(pb.ConnectResponse(results=response))
 
@@ -139,10 +142,15 @@ async def test_the_hello_says_which_calls_are_in_flight_and_in_which_batch_one_h
         assert (await first.batch()).sequence == call_id
         await first.answer(call_id, call_id)
         await entering
-    check = pb.CheckName(module="xfs")
+    # What makes no sense to stats_svc would make none in a hello.
+    refused = asyncio.create_task(client.ask(enter(3)))
+    await first.answer((await first.batch()).sequence, 3, verdict=INVALID)
+    with pytest.raises(NotNow):
+        await refused
+    reserve = pb.ReserveName(module="xfs")
     asked = [
         asyncio.create_task(client.ask(pb.Operation(call_id=1, system="default", finish_call=pb.FinishCall()))),
-        asyncio.create_task(client.ask(pb.Operation(call_id=2, system="default", check_name=check))),
+        asyncio.create_task(client.ask(pb.Operation(call_id=2, system="default", reserve_name=reserve))),
     ]
     ending = await first.batch()
     first.ended.set()
@@ -156,7 +164,7 @@ async def test_the_hello_says_which_calls_are_in_flight_and_in_which_batch_one_h
         again = await second.batch()
         await second.answer(again.sequence, *(operation.call_id for operation in again.operations))
         await asyncio.wait(asked, timeout=0)
-    third = asyncio.create_task(client.ask(enter(3)))
+    third = asyncio.create_task(client.ask(enter(4)))
     await second.batch()
     second.ended.set()
     # Once it was told so the first one is over; of the third nobody has heard.

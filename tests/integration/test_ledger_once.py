@@ -115,6 +115,49 @@ async def test_calls_of_a_loader_that_came_back_after_a_restart_and_is_gone_are_
     assert (counters.abandoned_calls, counters.calls) == (3, 1)
 
 
+async def test_calls_that_a_database_has_never_heard_of_are_not_abandoned_there(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(enter(1, "tree:kernel/fs/btrfs-old.ko.xz:0"))
+    elsewhere = a.hello()
+    elsewhere.instance_id = "elsewhere"
+    await bench.ledger.connect(elsewhere)
+    await bench.ledger.connect(pb.Hello(instance_id="new", loader=elsewhere.loader))
+    await settle(b)
+    # Of its first stream, whose place that hello took.
+    assert abandoned(bench) == [("loader a", 1, "btrfs_old")]
+    assert [event.call.instance_id for event in bench.events()] == ["a"]
+
+
+async def test_an_abandoned_call_is_not_called_what_no_module_can_be_called(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    for call_id, name in ((1, "two words\n"), (2, "y" * 70)):
+        assert (await a.ask(check(call_id, name))).verdict == pb.OperationResult.VERDICT_INVALID
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    assert sorted(abandoned(bench)) == [("loader a", 1, ""), ("loader a", 2, "")]
+
+
+async def test_a_call_that_ended_in_a_system_that_is_gone_is_not_abandoned_in_the_next_of_that_id(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await bench.ledger.create_system("other", 2)
+    for operation in (check(1, "xfs"), fail(1)):
+        operation.system = "other"
+        answer = await a.ask(operation)
+        if operation.HasField("check_name"):
+            await bench.ledger.delete_system("other")
+    assert answer.verdict == pb.OperationResult.VERDICT_INVALID
+    await bench.ledger.create_system("other", 2)
+    a.disconnect()
+    bench.now_seconds += 11
+    bench.ledger.expire_leases()
+    await settle(b)
+    row = bench.store.system("other")
+    assert row is not None
+    assert row.counters.abandoned_calls == 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
