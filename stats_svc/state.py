@@ -540,7 +540,8 @@ class LedgerState:
                 continue
             caller = (instance.id, call.call_id)
             instance.calls.setdefault(call.call_id, (call.system, call.module or module_of_inode(call.inode)))
-            if call.inode and call.call_id not in instance.waits and system.enter(call.inode, caller) is None:
+            is_idle = caller not in system.gate.held and call.call_id not in instance.waits
+            if call.inode and is_idle and system.enter(call.inode, caller) is None:
                 # Somebody else was given it meanwhile. The call goes on; there is no result of it to share.
                 system.gate.interrupt(caller)
 
@@ -579,7 +580,7 @@ class LedgerState:
         held = {system for system, _ in instance.calls.values()}
         for name, system in self.systems.items():
             owners = [entry.owner for entry in system.modules if entry.state is not State.LIVE]
-            owners += [*system.gates_held, *system.autoload.callers()]
+            owners += [*system.gate.held, *system.autoload.callers()]
             if system.memory is not None:
                 owners += system.memory.account.callers()
             if any(owner[0] == instance.id for owner in owners) or system.claims.owned_by(instance.id):
@@ -601,7 +602,7 @@ class LedgerState:
             for entry in [e for e in system.modules if e.owner[0] == instance.id and e.state is not State.LIVE]:
                 abandoned[system.id, entry.owner[1]] = entry.name
                 self._wake(group, system.remove(group, entry.name))
-            for caller in [caller for caller in system.gates_held if caller[0] == instance.id]:
+            for caller in [caller for caller in system.gate.held if caller[0] == instance.id]:
                 abandoned.setdefault((system.id, caller[1]), "")
                 self._wake(group, system.give_gate_up(caller))
             if system.memory is not None:

@@ -65,9 +65,6 @@ class System:
         self.modules: ModulesList[Caller] = ModulesList()
         self.links = SystemLinks(self.modules)
         self.gate: Gate[Caller] = Gate()
-        self.gates_held: dict[Caller, str] = {}
-        """Calls that hold a gate, and its inode."""
-
         self.memory: LimitedMemory | None = None if self.limits is None else LimitedMemory(self.id, self.limits)
         """What is taken of its memory; None if that is not finite."""
 
@@ -123,7 +120,7 @@ class System:
         So it is while the kernel waits for a module that it has asked for.
         """
         return bool(
-            self.gates_held
+            self.gate.held
             or self.autoload.in_flight
             or self.claims.held
             or (self.memory is not None and self.memory.account.in_flight)
@@ -143,15 +140,14 @@ class System:
     # --- waiting and inserting ---
 
     def enter(self, inode: str, caller: Caller) -> Answer | None:
-        """Enter the gate of an inode."""
-        answer = self.gate.enter(inode, caller)
-        if answer is not None:
-            self.gates_held[caller] = inode
-        return answer
+        """Enter the gate of an inode. BadRequest if the caller holds that of another one: a call has one file."""
+        held = self.gate.held.get(caller, inode)
+        if held != inode:
+            raise BadRequest(f"the call holds the gate of {shown(held)}, and can't enter that of {shown(inode)}")
+        return self.gate.enter(inode, caller)
 
     def leave(self, caller: Caller, errno: str) -> Woken:
         """Leave the gate, if the caller holds one, with its result."""
-        self.gates_held.pop(caller, None)
         return self.gate.leave(caller, errno)
 
     def give_gate_up(self, caller: Caller) -> Woken:
@@ -159,7 +155,7 @@ class System:
 
         No result could be right for all: there is none. So they are as if the holder had never come.
         """
-        inode = self.gates_held.get(caller, "")
+        inode = self.gate.held.get(caller, "")
         entered: Woken = []
         for waiter, _ in self.leave(caller, ""):
             if self.enter(inode, waiter) is not None:

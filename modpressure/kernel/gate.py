@@ -17,7 +17,9 @@ class Gate(Generic[Caller]):
 
     def __init__(self) -> None:
         self._holders: dict[str, Caller] = {}
-        self._held: dict[Caller, str] = {}
+        self.held: dict[Caller, str] = {}
+        """Who works, and on which inode; to be read only."""
+
         self._waiters: dict[str, dict[Caller, None]] = {}
         self._waits: dict[Caller, str] = {}
 
@@ -29,15 +31,17 @@ class Gate(Generic[Caller]):
     def enter(self, inode: str, caller: Caller) -> Answer | None:
         """Go on as the one who works, or None: the result comes when that one leaves.
 
-        Asking again with the same caller gives the same answer, so that a lost answer can be asked for again.
+        Asking again with the same caller gives the same answer, so that a lost answer can be asked for again. Who works
+        on an inode must not enter with another one.
         """
-        holder = self._holders.setdefault(inode, caller)
-        if holder == caller:
-            self._held[caller] = inode
-            return PROCEED
+        assert self.held.get(caller, inode) == inode, f"{caller} works on {self.held[caller]}"
         if self._waits.get(caller, inode) != inode:
             # A caller waits for one thing at a time; one that asks for another has given the first up.
             self.interrupt(caller)
+        holder = self._holders.setdefault(inode, caller)
+        if holder == caller:
+            self.held[caller] = inode
+            return PROCEED
         self._waiters.setdefault(inode, {})[caller] = None
         self._waits[caller] = inode
         return None
@@ -47,7 +51,7 @@ class Gate(Generic[Caller]):
 
         Nothing happens if the caller holds no gate, so every call may leave.
         """
-        inode = self._held.pop(caller, None)
+        inode = self.held.pop(caller, None)
         if inode is None:
             return []
         del self._holders[inode]

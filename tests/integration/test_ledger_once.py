@@ -181,6 +181,21 @@ async def test_a_gate_of_what_is_no_file_is_refused(bench: Bench) -> None:
     assert "is longer than 4352 bytes" in refused.message
 
 
+async def test_a_call_has_one_gate_which_is_free_when_its_loader_is_gone(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    await a.ask(enter(1, "first"))
+    refused = await a.ask(enter(1, "second"))
+    assert refused.verdict == pb.OperationResult.VERDICT_INVALID
+    assert refused.message == "the call holds the gate of 'first', and can't enter that of 'second'"
+    twice = a.hello()
+    twice.calls.add(system="default", call_id=1, inode="second")
+    a.disconnect()
+    await bench.ledger.connect(twice)
+    await bench.ledger.connect(pb.Hello(instance_id="a2", loader="loader a"))
+    for inode in ("first", "second"):
+        assert said(await b.ask(enter(b.new_call(), inode))) == (PROCEED, "", False)
+
+
 async def test_a_name_whose_loader_is_gone_before_and_after_a_restart_is_abandoned_once(bench: Bench) -> None:
     a, b = await connected(bench, "a", "b")
     await a.ask(reserve(1))

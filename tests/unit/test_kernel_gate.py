@@ -138,3 +138,13 @@ def test_who_asks_for_another_gate_while_it_waits_has_given_the_first_up() -> No
     assert gate.leave("holder of a", "") == []
     assert [waiter for waiter, _ in gate.leave("holder of b", "")] == ["waiter"]
     assert gate.waiting == 0
+
+
+def test_who_waits_and_enters_a_free_gate_waits_no_more() -> None:
+    gate = Gate[str]()
+    gate.enter("a", "holder of a")
+    assert gate.enter("a", "waiter") is None
+    assert gate.enter("b", "waiter") == PROCEED
+    assert gate.waiting == 0
+    assert gate.leave("holder of a", "") == []
+    assert gate.held == {"waiter": "b"}
