@@ -15,7 +15,8 @@ from stats_svc.ledger import Ledger
 from stats_svc.session import Session
 
 MAX_BATCH_OPERATIONS: Final = 10_000
-"""Operations of one batch, ten times what our loaders send: while one is applied all other streams wait."""
+"""Operations of one batch, with the calls and modules that they record; ours send a tenth of it. While
+one is applied all other streams wait."""
 
 HEARTBEATS_PER_LEASE: Final = 4
 
@@ -73,9 +74,16 @@ class LedgerServicer(LedgerServiceServicer):
 
 def _check(session: Session, batch: pb.OperationBatch) -> None:
     """Return if a loader asks for no more than it may. OverLimit ends its stream."""
-    if len(batch.operations) > MAX_BATCH_OPERATIONS:
+    asked = len(batch.operations)
+    for operation in batch.operations:
+        if operation.HasField("record_calls"):
+            asked += len(operation.record_calls.calls)
+        elif operation.HasField("record_modules"):
+            asked += len(operation.record_modules.modules)
+    if asked > MAX_BATCH_OPERATIONS:
         raise OverLimit(
-            f"{len(batch.operations)} operations in a batch are more than {MAX_BATCH_OPERATIONS}", field="operations"
+            f"{asked} operations in a batch, with what they record, are more than {MAX_BATCH_OPERATIONS}",
+            field="operations",
         )
     if len(session.waiting) + len(batch.operations) > MAX_WAITING:
         raise OverLimit(f"{len(session.waiting)} operations of this loader wait already, {MAX_WAITING} may")

@@ -26,6 +26,7 @@ from modpressure.client import Client
 from modpressure.errors import Overloaded
 from modpressure.tls import open_channel
 from modpressure.tokens import Role, entry, new_token
+from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as ledger_pb
 from modpressure.v1 import loader_service_pb2 as loader_pb
 from modpressure.v1 import stats_service_pb2 as pb
@@ -355,15 +356,31 @@ async def test_storms_leave_room_for_each_other(loader: Process, system: str) ->
         third.cancel()
 
 
-async def test_a_loader_that_asks_too_much_at_once_is_sent_away(stats: Process, system: str) -> None:
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [ledger_pb.Operation(call_id=number) for number in range(10_001)],
+        [
+            ledger_pb.Operation(call_id=1, record_calls=ledger_pb.RecordCalls(calls=[call_pb2.Call()] * 9_000)),
+            ledger_pb.Operation(
+                call_id=2, record_modules=ledger_pb.RecordModules(modules=[ledger_pb.RecordedModule()] * 999)
+            ),
+        ],
+    ],
+    ids=["operations", "records"],
+)
+async def test_a_loader_that_asks_too_much_at_once_is_sent_away(
+    stats: Process, system: str, operations: list[ledger_pb.Operation]
+) -> None:
     hand = Hand(stats.address, f"greedy-{system}", system)
     await hand.open()
-    operations = [ledger_pb.Operation(call_id=number, system=system) for number in range(10_001)]
+    for operation in operations:
+        operation.system = system
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await hand.send(operations)
         await hand.answer()
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert raised.value.details() == "10001 operations in a batch are more than 10000"
+    assert raised.value.details() == "10001 operations in a batch, with what they record, are more than 10000"
     await hand.close()
 
 
