@@ -12,16 +12,14 @@ from modpressure.grpc_errors import translate_errors
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceServicer
 from stats_svc.ledger import Ledger
+from stats_svc.names import MAX_CALLS_IN_FLIGHT
 from stats_svc.session import Session
 
 MAX_BATCH_OPERATIONS: Final = 10_000
-"""Operations of one batch, with the calls and modules that they record; ours send a tenth of it. While
-one is applied all other streams wait."""
+"""Operations of one batch, with the calls and modules that they record; ours send a tenth of it. While one is
+applied all other streams wait."""
 
 HEARTBEATS_PER_LEASE: Final = 4
-
-MAX_WAITING: Final = 100_000
-"""Operations of one loader that wait for others, more than it can have workers and RPCs."""
 
 
 class LedgerServicer(LedgerServiceServicer):
@@ -85,8 +83,8 @@ def _check(session: Session, batch: pb.OperationBatch) -> None:
             f"{asked} operations in a batch, with what they record, are more than {MAX_BATCH_OPERATIONS}",
             field="operations",
         )
-    if len(session.waiting) + len(batch.operations) > MAX_WAITING:
-        raise OverLimit(f"{len(session.waiting)} operations of this loader wait already, {MAX_WAITING} may")
+    if len(session.waiting) + len(batch.operations) > MAX_CALLS_IN_FLIGHT:
+        raise OverLimit(f"{len(session.waiting)} operations of this loader wait already, {MAX_CALLS_IN_FLIGHT} may")
 
 
 async def _tell(session: Session, context: Any) -> None:

@@ -12,6 +12,13 @@ from modpressure.v1 import ledger_service_pb2 as pb
 MAX_INSTANCE_ID_BYTES: Final = 64
 MAX_LOADER_BYTES: Final = 128
 MAX_FORMER_INSTANCES: Final = 1000
+
+MAX_CALLS_IN_FLIGHT: Final = 100_000
+"""Calls of one loader that are on their way, more than it can have workers and RPCs."""
+
+MAX_LIVE_CALLS: Final = 1_000_000
+"""Calls of one loader whose modules are live: a hundred systems with all modules of a kernel."""
+
 MAX_REQUEST_ID_BYTES: Final = 128
 MAX_DIGEST_BYTES: Final = 64
 
@@ -84,6 +91,13 @@ def check_hello(hello: pb.Hello) -> None:
         raise BadRequest(
             f"{len(hello.former_instance_ids)} former instances are more than {MAX_FORMER_INSTANCES}",
             field="former_instance_ids",
+        )
+    in_flight = len(hello.calls) + len(hello.requests)
+    if in_flight > MAX_CALLS_IN_FLIGHT:
+        raise BadRequest(f"{in_flight} calls in flight are more than {MAX_CALLS_IN_FLIGHT}", field="calls")
+    if len(hello.live_call_ids) > MAX_LIVE_CALLS:
+        raise BadRequest(
+            f"{len(hello.live_call_ids)} live modules are more than {MAX_LIVE_CALLS}", field="live_call_ids"
         )
     if len(hello.instance_id) > MAX_INSTANCE_ID_BYTES or not _PRINTABLE.fullmatch(hello.instance_id):
         raise BadRequest(

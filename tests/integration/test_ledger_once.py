@@ -159,19 +159,23 @@ async def test_a_call_that_ended_in_a_system_that_is_gone_is_not_abandoned_in_th
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("hello", "message"),
     [
-        (pb.CallInFlight(inode="x" * 5000), "is longer than 4352 bytes"),
-        (pb.CallInFlight(module="two words"), "'two words' is no name of a module"),
-        (pb.CallInFlight(module="x" * 65), "is no name of a module"),
+        (pb.Hello(calls=[pb.CallInFlight(inode="x" * 5000)]), "is longer than 4352 bytes"),
+        (pb.Hello(calls=[pb.CallInFlight(module="two words")]), "'two words' is no name of a module"),
+        (pb.Hello(calls=[pb.CallInFlight(module="x" * 65)]), "is no name of a module"),
+        (
+            pb.Hello(calls=[pb.CallInFlight()] * 60_000, requests=[pb.HeldRequest()] * 40_001),
+            "100001 calls in flight are more than 100000",
+        ),
+        (pb.Hello(live_call_ids=range(1_000_001)), "1000001 live modules are more than 1000000"),
     ],
 )
-async def test_a_hello_with_calls_that_make_no_sense_is_refused(
-    bench: Bench, call: pb.CallInFlight, message: str
-) -> None:
+async def test_a_hello_that_makes_no_sense_is_refused(bench: Bench, hello: pb.Hello, message: str) -> None:
     await connected(bench, "a")
+    hello.instance_id = hello.loader = "b"
     with pytest.raises(BadRequest, match=message):
-        await bench.ledger.connect(pb.Hello(instance_id="b", loader="b", calls=[call]))
+        await bench.ledger.connect(hello)
 
 
 async def test_a_gate_of_what_is_no_file_is_refused(bench: Bench) -> None:
