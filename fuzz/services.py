@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ async def ways(directory: Path) -> AsyncIterator[dict[Where, Way]]:
     database = str(directory / "fuzz.sqlite3")
     # Without a limit of the rate: what is refused by that is not looked at.
     stats = StatsSettings(listen=stats_at, database=database, rate_limit=0)
-    loader = LoaderSettings(
-        listen=loader_at, stats=stats_at, memory_limit="64MiB", name="fuzz", threads=2, rate_limit=0
-    )
+    # A name that no message has: another loader of that name would take this one's place, which then ends.
+    name = f"loader-{uuid.uuid4().hex}"
+    loader = LoaderSettings(listen=loader_at, stats=stats_at, memory_limit="64MiB", name=name, threads=2, rate_limit=0)
     make_server = grpc.aio.server
     made: list[Service] = []
 

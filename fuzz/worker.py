@@ -100,8 +100,12 @@ async def fuzz(
                 async with asyncio.TaskGroup() as group:
                     for _ in range(_FEW_AT_ONCE.get(target.name, SESSIONS_AT_ONCE) if only is None else 1):
                         group.create_task(sessions(to))
-                for sentence in await broken(to):
-                    tally.wrong += 1
+                try:
+                    sentences = await broken(to)
+                except grpc.aio.AioRpcError as error:
+                    sentences = [f"the services do not answer any more: {error.code().name}: {error.details()}"]
+                tally.wrong += len(sentences)
+                for sentence in sentences:
                     tally.found(sentence)
     tally.hangs += pulse.stuck
     return tally

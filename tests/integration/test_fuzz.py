@@ -12,17 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf import message_factory
 
 from fuzz import files
 from fuzz.__main__ import INTERRUPTED
+from fuzz.calls import Way
+from fuzz.invariants import broken
 from fuzz.messages import MODULES, SYSTEMS, Dice, Maker
 from fuzz.pulse import Pulse
 from fuzz.services import ways
 from fuzz.sessions import History, Session
 from fuzz.tally import Tally
-from fuzz.targets import targets
+from fuzz.targets import Where, targets
 from fuzz.worker import fuzz
 from stats_svc.names import check_system_id
 from stats_svc.system import System
@@ -74,6 +77,17 @@ async def test_what_does_not_add_up_is_found(monkeypatch: pytest.MonkeyPatch) ->
     tally = await fuzz(target("LoaderService/LoadModule"), 50, SEED)
     assert tally.wrong
     assert any("its events say" in finding for finding in tally.findings)
+
+
+async def test_a_service_that_is_gone_in_the_end_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def of_another(to: dict[Where, Way]) -> list[str]:
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/nobody.sock") as channel:
+            return await broken({**to, "loader": Way(channel, to["loader"].service)})
+
+    monkeypatch.setattr("fuzz.worker.broken", of_another)
+    tally = await fuzz(target("StatsService/GetStats"), 50, SEED)
+    assert tally.wrong == 1
+    assert tally.findings[0].startswith("the services do not answer any more: UNAVAILABLE: failed to connect")
 
 
 def test_a_process_that_dies_is_a_crash() -> None:
