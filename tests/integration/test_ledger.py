@@ -123,6 +123,11 @@ class Bench:
         )
         await self.ledger.start()
 
+    def end_leases(self) -> None:
+        """Let the time of a lease pass: it ends for who is away, or has been silent all that time."""
+        self.now_seconds += 11
+        self.ledger.expire_leases()
+
     async def crash(self) -> None:
         """Lose all that is in memory, and start again from the file, as after kill -9."""
         for task in self.ledger._tasks:
@@ -894,8 +899,7 @@ async def test_after_a_crash_a_loader_that_does_not_come_back_loses_its_lease(be
     await b.connect()
     wait = b.begin(reserve(b.new_call()))
     await settle(b)
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     assert said(await wait) == (DUPLICATE, "EBUSY", True)
 
 
@@ -919,8 +923,7 @@ async def test_waits_of_a_loader_that_is_gone_are_forgotten(bench: Bench) -> Non
     a.disconnect()
     with pytest.raises(NotNow):
         await bench.ledger.reset_system("default")
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await b.ask(fail(holder, reserved=True))
     await bench.ledger.reset_system("default")
     wait.cancel()

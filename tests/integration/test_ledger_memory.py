@@ -145,8 +145,7 @@ async def test_a_restart_knows_what_is_held_until_leases_end(bench: Bench) -> No
     two.session = None
     await two.connect()
     # The other one does not come back. Its live module stays.
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     assert taken(bench) == MODULE.plus(Amounts(5 * PAGE, 5 * PAGE, 2 * PAGE))
     await two.ask(finish(1, Outcome.LOAD))
     assert taken(bench) == MODULE
@@ -273,8 +272,7 @@ async def test_whatever_happens_to_loaders_and_stats_svc_only_live_modules_hold_
             await loader.connect()
         elif action == "away":
             loader.disconnect()
-            bench.now_seconds += 11
-            bench.ledger.expire_leases()
+            bench.end_leases()
             await loader.begin_anew()
             calls = {call: left for call, left in calls.items() if call[0] != number}
         elif action == "crash":

@@ -84,8 +84,7 @@ async def test_calls_of_a_loader_that_is_gone_are_seen_and_never_counted(bench: 
     await a.ask(reserve(5, "loop"))
     await a.ask(live(5, "loop"))
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     assert sorted(abandoned(bench)) == [("loader a", 1, "btrfs_old"), ("loader a", 2, "xfs"), ("loader a", 3, "kvm")]
     counters = counted(bench).counters
@@ -107,8 +106,7 @@ async def test_calls_of_a_loader_that_came_back_after_a_restart_and_is_gone_are_
     await b.connect()
     await a.connect()
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     assert sorted(abandoned(bench)) == [("loader a", 1, "btrfs_old"), ("loader a", 2, "xfs"), ("loader a", 3, "kvm")]
     counters = counted(bench).counters
@@ -133,8 +131,7 @@ async def test_an_abandoned_call_is_not_called_what_no_module_can_be_called(benc
     for call_id, name in ((1, "two words\n"), (2, "y" * 70)):
         assert (await a.ask(check(call_id, name))).verdict == pb.OperationResult.VERDICT_INVALID
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     assert sorted(abandoned(bench)) == [("loader a", 1, ""), ("loader a", 2, "")]
 
@@ -150,8 +147,7 @@ async def test_a_call_that_ended_in_a_system_that_is_gone_is_not_abandoned_in_th
     assert answer.verdict == pb.OperationResult.VERDICT_INVALID
     await bench.ledger.create_system("other", 2)
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     row = bench.store.system("other")
     assert row is not None
@@ -205,14 +201,12 @@ async def test_a_name_whose_loader_is_gone_before_and_after_a_restart_is_abandon
     await a.ask(reserve(1))
     await bench.crash()
     await b.connect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     assert abandoned(bench) == [("loader a", 1, "xfs")]
     await bench.crash()
     await b.connect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     assert abandoned(bench) == [("loader a", 1, "xfs")]
 
@@ -268,8 +262,7 @@ async def test_who_comes_back_after_its_lease_is_refused_for_ever(bench: Bench, 
     a, b = await connected(bench, "a", "b")
     await a.ask(reserve(1))
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await settle(b)
     if restarted:
         await bench.crash()
@@ -376,8 +369,7 @@ async def test_a_loader_is_not_silent_while_its_hello_is_committed(
     monkeypatch.setattr(bench.faulty, "commit", late)
     connecting = asyncio.ensure_future(bench.ledger.connect(pb.Hello(instance_id="a", loader="a", heartbeats=True)))
     await until(lambda: bench.ledger.loaders == 1)
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     commits.set()
     session, _ = await connecting
     bench.ledger.expire_leases()
@@ -403,8 +395,7 @@ async def test_a_new_process_of_the_same_name_ends_its_old_self_at_once(bench: B
     assert abandoned(bench) == [("loader a", 1, "xfs")]
     assert not new.closed
     await bench.crash()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     with pytest.raises(Replaced, match="another loader process named 'loader a' has taken the place of process a"):
         await a.connect()
 
@@ -437,8 +428,7 @@ async def test_who_may_use_fewer_systems_is_not_told_of_others_modules(bench: Be
         await a.ask(live(call_id, module))
         if call_id == 1:
             a.disconnect()
-            bench.now_seconds += 11
-            bench.ledger.expire_leases()
+            bench.end_leases()
             await settle(b)
             await a.begin_anew()
     stranger = pb.Hello(instance_id="x", loader="stranger", former_instance_ids=["a", "a+"])
@@ -463,8 +453,7 @@ async def test_a_loader_with_a_token_for_some_systems_is_known_after_a_restart(b
     # By now it has shown its token.
     await bench.ledger.connect(pb.Hello(instance_id="b", loader="l"), ("def*",))
     await bench.crash()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     await bench.ledger.connect(pb.Hello(instance_id="c", loader="l"), ("def*",))
 
 
@@ -474,8 +463,7 @@ async def test_modules_stay_with_the_process_that_went_on_as_a_new_instance(benc
         await a.ask(reserve(call_id, module))
         await a.ask(live(call_id, module))
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     assert (await b.ask(remove(b.new_call(), "xfs"))).verdict == PROCEED
     again = Loader(bench, "a2")
     again.former, again.live, again.calls = ["a"], {1, 2, 3}, 1000
@@ -594,8 +582,7 @@ async def test_who_waits_goes_on_where_a_loader_that_is_gone_had_stopped(bench: 
     wait = b.begin(claim(1))
     await settle(b)
     a.disconnect()
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     result = await wait
     # The one that was counted is not made again; the one that was not has been abandoned.
     assert (result.verdict, parts(result)) == (PROCEED, [("libcrc32c", "loader a", 1)])
@@ -618,8 +605,7 @@ async def test_a_claim_outlives_a_restart_and_a_claim_that_nobody_holds_is_taken
     assert not wait.done()
     await b.send(interrupt(1))
     assert (await wait).verdict == INTERRUPTED
-    bench.now_seconds += 11
-    bench.ledger.expire_leases()
+    bench.end_leases()
     # A crash before that is committed would leave the claim to its holder.
     await settle(b)
     await bench.crash()
@@ -884,8 +870,7 @@ async def test_whoever_asks_and_dies_each_request_is_counted_once(bench: Bench, 
         await kill(rng.choice(loaders))
         kills += 1
         await start()
-        bench.now_seconds += 11
-        bench.ledger.expire_leases()
+        bench.end_leases()
     await asyncio.gather(*clients)
     context = f"seed {seed}, {kills} kills, {attempts} attempts"
     events = [event.call for event in bench.events() if event.call.outcome != call_pb2.OUTCOME_ABANDONED]
