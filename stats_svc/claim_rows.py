@@ -15,13 +15,16 @@ from stats_svc.writes import Write
 MAX_KEYS: Final = 500
 """Claims that one statement asks for: SQLite takes so many parameters, and more would not be quicker."""
 
+STEP_CLAIMS: Final = 500
+"""Claims that one step forgets, in a transaction for which others wait."""
+
 _CLAIMS = schema.claims
 _held = sa.select(_CLAIMS).where(_CLAIMS.c.instance_id != "")
 _old = (
     sa.select(_CLAIMS.c.system, _CLAIMS.c.request_id)
     .where(_CLAIMS.c.update_time_ns < sa.bindparam("before_ns"), _CLAIMS.c.instance_id == "")
     .order_by(_CLAIMS.c.update_time_ns)
-    .limit(sa.bindparam("most"))
+    .limit(STEP_CLAIMS)
 )
 _remove = sa.delete(_CLAIMS).where(
     _CLAIMS.c.system == sa.bindparam("the_system"), _CLAIMS.c.request_id == sa.bindparam("the_id")
@@ -70,12 +73,12 @@ def commit(connection: Connection, deltas: Mapping[str, SystemDelta], put: Write
         put.execute(connection, rows)
 
 
-def prune(connection: Connection, *, before_ns: int, most: int) -> int:
-    """Forget at most so many claims that nobody holds and that last changed before a time; return how many."""
-    rows = connection.execute(_old, {"before_ns": before_ns, "most": most}).all()
+def prune(connection: Connection, before_ns: int) -> bool:
+    """Forget some claims that nobody holds and that last changed before a time; return whether there may be more."""
+    rows = connection.execute(_old, {"before_ns": before_ns}).all()
     if rows:
         connection.execute(_remove, [{"the_system": row.system, "the_id": row.request_id} for row in rows])
-    return len(rows)
+    return len(rows) == STEP_CLAIMS
 
 
 def _row(system: str, row: Row[Any]) -> ClaimRow:

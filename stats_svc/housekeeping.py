@@ -11,6 +11,12 @@ import structlog
 from stats_svc.ages import Ages
 from stats_svc.rows import ClockGap, Retention, StoreError
 
+CLAIM_SECONDS: Final = 24 * 3600
+"""How long what came of a client's request is remembered."""
+
+INSTANCE_SECONDS: Final = 7 * 24 * 3600
+"""How long it is remembered of a loader process that nothing more is accepted of it."""
+
 SETTLE_SECONDS: Final = 60
 """How long events are kept in any case, as loaders may ask what became of their calls."""
 
@@ -23,6 +29,12 @@ _log = structlog.get_logger(__name__)
 
 class Swept(Protocol):
     """The store, as far as it is needed here."""
+
+    def prune_claims(self, before_ns: int) -> bool:
+        """Forget some claims that nobody holds and that last changed before a time; return whether more may be."""
+
+    def prune_instances(self, before_ns: int) -> bool:
+        """Forget some loader processes that were fenced before a time and own nothing; return whether more may be."""
 
     def prune_events(self, retention: Retention) -> bool:
         """Take some events away that need not be kept; return whether there may be more."""
@@ -55,7 +67,7 @@ class Housekeeping:
         self._store = store
         self._in_writer = in_writer
         self._keep_events = keep_events
-        self._keep_ns = round(keep_days * 24 * 3600 * 1e9)
+        self._keep_seconds = keep_days * 24 * 3600
         self._idle_seconds = idle_seconds
         self._ages = ages or Ages()
         self._kept_gaps: Sequence[ClockGap] | None = None
@@ -78,10 +90,18 @@ class Housekeeping:
         if (gaps := self._ages.gaps) != self._kept_gaps:
             self._store.keep_clock_gaps(gaps)
             self._kept_gaps = gaps
-        if self._store.sweep():
-            return True
-        if not self._keep_events and not self._keep_ns:
+        return (
+            self._store.sweep()
+            or self._store.prune_claims(self._before_ns(CLAIM_SECONDS))
+            or self._store.prune_instances(self._before_ns(INSTANCE_SECONDS))
+            or self._prune_events()
+        )
+
+    def _prune_events(self) -> bool:
+        if not self._keep_events and not self._keep_seconds:
             return False
-        before_ns = self._ages.before_ns(self._keep_ns) if self._keep_ns else 0
-        settled_ns = self._ages.before_ns(SETTLE_SECONDS * 1_000_000_000)
-        return self._store.prune_events(Retention(self._keep_events, before_ns, settled_ns))
+        before_ns = self._before_ns(self._keep_seconds) if self._keep_seconds else 0
+        return self._store.prune_events(Retention(self._keep_events, before_ns, self._before_ns(SETTLE_SECONDS)))
+
+    def _before_ns(self, age_seconds: float) -> int:
+        return self._ages.before_ns(round(age_seconds * 1e9))

@@ -12,6 +12,9 @@ from stats_svc import schema
 from stats_svc.rows import InstanceRow
 from stats_svc.writes import Write
 
+STEP_INSTANCES: Final = 500
+"""Loader processes that one step forgets, in a transaction for which others wait."""
+
 _STORED: Final = ("instance_id", "loader", "applied_sequence", "last_seen_ns", "fence")
 _INSTANCES = schema.instances.c
 _row = sa.select(*(_INSTANCES[name] for name in _STORED))
@@ -28,7 +31,7 @@ _over = (
         _INSTANCES.instance_id.not_in(sa.select(schema.modules.c.instance_id)),
         _INSTANCES.instance_id.not_in(sa.select(schema.held_memory.c.instance_id)),
     )
-    .limit(sa.bindparam("most"))
+    .limit(STEP_INSTANCES)
 )
 _remove = sa.delete(schema.instances).where(_INSTANCES.instance_id == sa.bindparam("the_instance"))
 
@@ -59,9 +62,9 @@ def first_segment(connection: Connection, instance_id: str) -> int:
     return connection.scalar(_first_segment, {"the_instance": instance_id}) or 0
 
 
-def prune(connection: Connection, *, before_ns: int, most: int) -> int:
-    """Forget at most so many that were fenced before a time, and own neither modules nor memory; return how many."""
-    ids = connection.scalars(_over, {"before_ns": before_ns, "most": most}).all()
+def prune(connection: Connection, before_ns: int) -> bool:
+    """Forget some that were fenced before a time, and own neither modules nor memory; return whether more may be."""
+    ids = connection.scalars(_over, {"before_ns": before_ns}).all()
     if ids:
         connection.execute(_remove, [{"the_instance": instance_id} for instance_id in ids])
-    return len(ids)
+    return len(ids) == STEP_INSTANCES

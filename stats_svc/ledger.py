@@ -76,18 +76,6 @@ MIN_PAUSE_SECONDS: Final = 0.01
 MAX_PAUSE_SECONDS: Final = PING_SECONDS / 4
 """How often leases are looked at, if none ends before."""
 
-CLAIM_SECONDS: Final = 24 * 3600
-"""How long what came of a client's request is remembered."""
-
-INSTANCE_SECONDS: Final = 7 * 24 * 3600
-"""How long it is remembered of a loader process that nothing more is accepted of it."""
-
-PRUNE_SECONDS: Final = 10.0
-"""How often it is looked for what is old."""
-
-PRUNED_ROWS: Final = 500
-"""What is forgotten in one transaction, which others wait for."""
-
 _FIRST_RETRY_SECONDS: Final = 0.1
 _MAX_RETRY_SECONDS: Final = 1.0
 
@@ -148,7 +136,7 @@ class Ledger:
     async def start(self) -> None:
         """Load what is stored, and serve. StoreError if the database can't be used."""
         snapshot = await self._load_first()
-        works = (self._commit_groups(), self._keep_leases(), self._keep_house())
+        works = (self._commit_groups(), self._keep_leases(), self._keep_pinging())
         self._tasks = [asyncio.create_task(work) for work in works]
         if snapshot is None:
             self._tasks.append(asyncio.create_task(self._lead_later()))
@@ -747,52 +735,16 @@ class Ledger:
             if not self._away:
                 self.expire_leases()
 
-    async def _keep_house(self) -> None:
-        """Forget what is old, and notice a database that goes away while nobody writes."""
-        loop = asyncio.get_running_loop()
-        pinged = loop.time()
-        prune_at = pinged + PRUNE_SECONDS
+    async def _keep_pinging(self) -> None:
+        """Notice a database that goes away while nobody writes."""
         while True:
-            await asyncio.sleep(MAX_PAUSE_SECONDS)
-            now = loop.time()
-            if self._away:
-                continue
-            if now - pinged >= PING_SECONDS:
-                pinged = now
-                await self._ping()
-            if now >= prune_at:
-                # If there are more, soon again: commits come in between.
-                prune_at = now if await self.prune() else now + PRUNE_SECONDS
-
-    async def prune(self) -> bool:
-        """Forget some claims that are older than a day, and loader processes that have been over for a week.
-
-        Return whether there may be more.
-        """
-
-        def old_ns(seconds: int) -> int:
-            # In the writer's thread, in which ages are judged elsewhere, too.
-            return self._ages.before_ns(seconds * 1_000_000_000)
-
-        def claims() -> int:
-            return self._store.prune_claims(before_ns=old_ns(CLAIM_SECONDS), most=PRUNED_ROWS)
-
-        def instances() -> int:
-            return self._store.prune_instances(before_ns=old_ns(INSTANCE_SECONDS), most=PRUNED_ROWS)
-
-        try:
-            pruned = (await self._in_writer(claims), await self._in_writer(instances))
-        except StoreError as error:
-            _log.warning("what is old is not forgotten", reason=error.sentence)
-            return False
-        return PRUNED_ROWS in pruned
+            await asyncio.sleep(PING_SECONDS)
+            await self.be_heard()
 
     async def be_heard(self) -> None:
         """Have those who stand by learn at once that this process leads, if it does, and where it is reached."""
-        if not self._away:
-            await self._ping()
-
-    async def _ping(self) -> None:
+        if self._away:
+            return
         try:
             await self._in_writer(self._store.ping)
         except StoreError as error:

@@ -357,14 +357,8 @@ class LedgerStore(Protocol):
     def instance(self, instance_id: str) -> InstanceRow | None:
         """Return a loader process, also one that is fenced; None if it is not known."""
 
-    def prune_instances(self, *, before_ns: int, most: int) -> int:
-        """Forget at most so many loader processes that were fenced before a time and own nothing; return how many."""
-
     def find_claims(self, keys: Collection[ClaimKey]) -> dict[ClaimKey, ClaimRow]:
         """Return those of some claims that are stored."""
-
-    def prune_claims(self, *, before_ns: int, most: int) -> int:
-        """Forget at most so many claims that nobody holds and that last changed before a time; return how many."""
 
 
 @dataclass(frozen=True, slots=True)

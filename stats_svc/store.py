@@ -335,36 +335,29 @@ class SqlStore:
             "events": self._compressor.compress(segment.encode()),
         }
 
-    def prune_claims(self, *, before_ns: int, most: int) -> int:
-        """Forget at most so many claims that nobody holds and that last changed before a time; return how many."""
-        return self._prune(partial(claim_rows.prune, before_ns=before_ns, most=most))
+    def prune_claims(self, before_ns: int) -> bool:
+        """Forget some claims that nobody holds and that last changed before a time; return whether more may be."""
+        return self._step(lambda connection: claim_rows.prune(connection, before_ns))
 
-    def prune_instances(self, *, before_ns: int, most: int) -> int:
-        """Forget at most so many loader processes that were fenced before a time and own nothing; return how many."""
-        return self._prune(partial(instance_rows.prune, before_ns=before_ns, most=most))
+    def prune_instances(self, before_ns: int) -> bool:
+        """Forget some loader processes that were fenced before a time and own nothing; return whether more may be."""
+        return self._step(lambda connection: instance_rows.prune(connection, before_ns))
+
+    def prune_events(self, retention: Retention) -> bool:
+        """Take some events away that need not be kept; return whether there may be more."""
+        return self._step(lambda connection: event_rows.prune(connection, retention))
 
     def keep_clock_gaps(self, gaps: Sequence[ClockGap]) -> None:
         """Have these gaps of the wall clock in place of those that are stored."""
         self._database.write(partial(clock_rows.keep, gaps=gaps))
 
-    def _prune(self, prune: Callable[[Connection], int]) -> int:
-        """Prune in a transaction; return how many rows it took."""
-        pruned = 0
-
-        def work(connection: Connection) -> None:
-            nonlocal pruned
-            pruned = prune(connection)
-
-        self._database.write(work)
-        return pruned
-
-    def prune_events(self, retention: Retention) -> bool:
-        """Take some events away that need not be kept; return whether there may be more."""
+    def _step(self, prune: Callable[[Connection], bool]) -> bool:
+        """Do a step in a transaction; return what it returns: whether there may be more to do."""
         more = False
 
         def work(connection: Connection) -> None:
             nonlocal more
-            more = event_rows.prune(connection, retention)
+            more = prune(connection)
 
         self._database.write(work)
         return more

@@ -88,14 +88,8 @@ class FaultyStore:
     def find_claims(self, keys: Collection[ClaimKey]) -> dict[ClaimKey, ClaimRow]:
         return self._store.find_claims(keys)
 
-    def prune_claims(self, *, before_ns: int, most: int) -> int:
-        return self._store.prune_claims(before_ns=before_ns, most=most)
-
     def instance(self, instance_id: str) -> InstanceRow | None:
         return self._store.instance(instance_id)
-
-    def prune_instances(self, *, before_ns: int, most: int) -> int:
-        return self._store.prune_instances(before_ns=before_ns, most=most)
 
 
 @dataclass

@@ -16,7 +16,10 @@ from modpressure.kernel.outcome import Outcome
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc import state
-from stats_svc.ledger import CLAIM_SECONDS, INSTANCE_SECONDS, PRUNED_ROWS, Ledger
+from stats_svc.ages import Ages
+from stats_svc.claim_rows import STEP_CLAIMS
+from stats_svc.housekeeping import CLAIM_SECONDS, INSTANCE_SECONDS, Housekeeping
+from stats_svc.ledger import Ledger
 from stats_svc.names import MAX_RECORD_BYTES
 from stats_svc.rows import Commit, Retention, SystemRow
 from stats_svc.store import SqlStore
@@ -322,7 +325,7 @@ async def test_time_in_which_stats_svc_itself_stood_still_is_nobodys_silence(ben
 async def test_nor_is_time_in_which_it_stood_still_while_it_asked_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stats_svc.ledger.PING_SECONDS", 0.0)
+    monkeypatch.setattr("stats_svc.ledger.PING_SECONDS", 0.01)
     store = SqlStore(str(tmp_path / "stats.sqlite3"))
     asked, answers = threading.Event(), threading.Event()
 
@@ -330,7 +333,6 @@ async def test_nor_is_time_in_which_it_stood_still_while_it_asked_the_database(
         asked.set()
         answers.wait()
 
-    monkeypatch.setattr(store, "ping", ping)
     loop, stood_seconds = asyncio.get_running_loop(), 0.0
 
     def now_seconds() -> float:
@@ -340,6 +342,7 @@ async def test_nor_is_time_in_which_it_stood_still_while_it_asked_the_database(
     ledger = Ledger(store, lease_seconds=50, clock=now_seconds)
     await ledger.start()
     session, _ = await ledger.connect(pb.Hello(instance_id="a", loader="a", heartbeats=True))
+    monkeypatch.setattr(store, "ping", ping)
 
     def hear() -> bool:
         ledger.hear(session)
@@ -759,38 +762,40 @@ async def test_signals_are_remembered_of_so_many_calls_and_no_more(
 
 
 async def test_claims_are_forgotten_after_a_day_some_at_a_time(tmp_path: Path) -> None:
-    now_ns, now_seconds = 10**18, 1000.0
+    now_ns, steady_ns = 10**18, 0
     bench = await Bench.open(tmp_path / "stats.sqlite3")
     await bench.ledger.stop()
-    bench.ledger = Ledger(bench.faulty, clock=lambda: now_seconds, wall_clock_ns=lambda: now_ns)
+    bench.ledger = Ledger(bench.faulty, wall_clock_ns=lambda: now_ns)
     await bench.ledger.start()
+    ages = Ages(lambda: now_ns, lambda: steady_ns)
+    house = Housekeeping(bench.store, bench.ledger.in_writer, keep_events=0, keep_days=0, ages=ages)
     [a] = await connected(bench, "a")
-    for number in range(PRUNED_ROWS + 10):
+    for number in range(STEP_CLAIMS + 10):
         await a.send(claim(2 * number + 2, f"r{number}"))
         await a.send(part(fail(2 * number + 3), 2 * number + 2))
     await a.ask(claim(1, "held"))
     await settle_all(a)
 
-    def pass_time(seconds: float) -> None:
-        nonlocal now_ns, now_seconds
-        now_seconds += seconds
-        now_ns += int(seconds * 1e9)
+    def pass_time(seconds: int) -> None:
+        nonlocal now_ns, steady_ns
+        steady_ns += seconds * 10**9
+        now_ns += seconds * 10**9
 
     pass_time(CLAIM_SECONDS - 1)
-    everything = [("default", f"r{number}") for number in range(PRUNED_ROWS + 10)]
+    everything = [("default", f"r{number}") for number in range(STEP_CLAIMS + 10)]
 
     def left() -> int:
         return len(bench.store.find_claims(everything))
 
-    assert not await bench.ledger.prune()
+    assert not await bench.ledger.in_writer(house.step)
     # A clock that is put forward makes nothing old.
     now_ns += 2 * CLAIM_SECONDS * 10**9
-    assert not await bench.ledger.prune()
-    assert left() == PRUNED_ROWS + 10
+    assert not await bench.ledger.in_writer(house.step)
+    assert left() == STEP_CLAIMS + 10
     pass_time(CLAIM_SECONDS)
-    assert await bench.ledger.prune()
+    assert await bench.ledger.in_writer(house.step)
     assert left() == 10
-    assert not await bench.ledger.prune()
+    assert not await bench.ledger.in_writer(house.step)
     assert left() == 0
     assert set(bench.store.find_claims([("default", "held"), ("default", "r1")])) == {("default", "held")}
     assert (await a.ask(claim(9999, "r1"))).verdict == PROCEED
@@ -938,11 +943,13 @@ async def test_of_a_call_its_module_is_remembered_and_not_what_it_asked(bench: B
 
 
 async def test_processes_that_are_over_are_forgotten_after_a_week_unless_they_own_something(tmp_path: Path) -> None:
-    now_ns, now_seconds = 10**18, 1000.0
+    now_ns, steady_ns = 10**18, 0
     bench = await Bench.open(tmp_path / "stats.sqlite3")
     await bench.ledger.stop()
-    bench.ledger = Ledger(bench.faulty, clock=lambda: now_seconds, wall_clock_ns=lambda: now_ns)
+    bench.ledger = Ledger(bench.faulty, wall_clock_ns=lambda: now_ns)
     await bench.ledger.start()
+    ages = Ages(lambda: now_ns, lambda: steady_ns)
+    house = Housekeeping(bench.store, bench.ledger.in_writer, keep_events=0, keep_days=0, ages=ages)
     owner, idle = await connected(bench, "owner", "idle")
     await owner.ask(reserve(1))
     await owner.ask(live(1))
@@ -951,11 +958,11 @@ async def test_processes_that_are_over_are_forgotten_after_a_week_unless_they_ow
         bench.ledger.disconnect(loader.session, graceful=True)
     [b] = await connected(bench, "b")
     now_ns += 365 * 24 * 3600 * 10**9
-    await bench.ledger.prune()
+    await bench.ledger.in_writer(house.step)
     assert bench.store.instance("idle") is not None
     now_ns += (INSTANCE_SECONDS + 1) * 10**9
-    now_seconds += INSTANCE_SECONDS + 1
-    await bench.ledger.prune()
+    steady_ns += (INSTANCE_SECONDS + 1) * 10**9
+    await bench.ledger.in_writer(house.step)
     assert bench.store.instance("idle") is None
     # One that is there, and one that would lose its modules, are not.
     known = bench.store.instance("b"), bench.store.instance("owner")
