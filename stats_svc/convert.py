@@ -14,7 +14,7 @@ from modpressure.kernel.requesters import Origin, Requester, Tally
 from modpressure.kernel.system_memory import Amounts
 from modpressure.v1 import call_pb2, stats_service_pb2
 from stats_svc.rows import ModuleRow, SystemRow
-from stats_svc.state import DEFAULT_POLICY
+from stats_svc.systems import DEFAULT_POLICY
 
 
 def stats_to_proto(

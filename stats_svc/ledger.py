@@ -55,8 +55,9 @@ from stats_svc.rows import (
     SystemSnapshot,
 )
 from stats_svc.session import Fence, Instance, Session
-from stats_svc.state import DEFAULT_POLICY, LedgerState, LeftBehind, check_imported
+from stats_svc.state import LedgerState, LeftBehind
 from stats_svc.system import System
+from stats_svc.systems import DEFAULT_POLICY, Systems, check_imported
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -504,7 +505,7 @@ class Ledger:
         return int(self._clock() * 1e9)
 
     def _await_expiry(self) -> None:
-        if self._expiry is None and (due_ns := self._state.next_expiry_ns) is not None:
+        if self._expiry is None and (due_ns := self._state.systems.next_expiry_ns) is not None:
             delay_seconds = max(0, due_ns - self._clock_ns()) / 1e9
             self._expiry = asyncio.get_running_loop().call_later(delay_seconds, self.expire_requests)
 
@@ -545,7 +546,7 @@ class Ledger:
     async def create_system(self, system_id: str, policy: int, limits: Amounts | None = None) -> SystemRow:
         """Create a system and return it once it is committed. BadRequest, AlreadyExists, Unavailable."""
         self._check_available()
-        system = self._state.create_system(self._group, system_id, policy, self._wall_clock_ns(), limits)
+        system = self._state.systems.create(self._group, system_id, policy, self._wall_clock_ns(), limits)
         row = system.row()
         await self._flush()
         return row
@@ -553,14 +554,14 @@ class Ledger:
     async def reset_system(self, system_id: str) -> SystemRow:
         """Reset a system and return it once that is committed. NotFound, NotNow, Unavailable."""
         self._check_available()
-        row = self._state.reset_system(self._group, system_id, self._wall_clock_ns()).row()
+        row = self._state.systems.reset(self._group, system_id, self._wall_clock_ns()).row()
         await self._flush()
         return row
 
     async def delete_system(self, system_id: str) -> None:
         """Delete a system; return once that is committed. NotFound, NotNow, Unavailable."""
         self._check_available()
-        self._state.delete_system(self._group, system_id)
+        self._state.systems.delete(self._group, system_id)
         await self._flush()
 
     async def import_system(self, rows: AsyncIterator[list[T]], system_id: str, *, replace: bool) -> SystemRow:
@@ -571,8 +572,8 @@ class Ledger:
         somebody else, Overloaded while others are, Unavailable.
         """
         self._check_available()
-        state = self._state
-        state.begin_import(system_id, replace=replace)
+        systems = self._state.systems
+        systems.begin_import(system_id, replace=replace)
         key = self._store.begin_import()
         try:
             async for some in rows:
@@ -582,10 +583,10 @@ class Ledger:
             check_imported(imported)
         except BaseException:
             self._store.give_import_up(key)
-            state.end_import(system_id)
+            systems.end_import(system_id)
             raise
         # It goes on when nobody waits for it any more: half of it would be done already.
-        await asyncio.shield(asyncio.ensure_future(self._show_imported(state, key, imported)))
+        await asyncio.shield(asyncio.ensure_future(self._show_imported(systems, key, imported)))
         return imported.row
 
     async def _in_import(self, work: Callable[[], R]) -> R:
@@ -594,21 +595,21 @@ class Ledger:
         except StoreError as error:
             raise Unavailable(error.sentence) from error
 
-    async def _show_imported(self, state: LedgerState, key: str, imported: SystemSnapshot) -> None:
+    async def _show_imported(self, systems: Systems, key: str, imported: SystemSnapshot) -> None:
         system_id = imported.row.id
         try:
             self._check_available()
-            if state is not self._state:
+            if systems is not self._state.systems:
                 raise Unavailable("the database was away while the system was imported")
-            replaced = state.take_out(system_id)
+            replaced = systems.take_out(system_id)
             self._group.imports.append(lambda: self._store.show_imported(key, system_id))
             # If that fails, all is loaded again.
             await self._flush()
-            state.put_in(self._group, system_id, imported, replaced)
+            systems.put_in(self._group, system_id, imported, replaced)
             self._filled.set()
         finally:
             self._store.give_import_up(key)
-            state.end_import(system_id)
+            systems.end_import(system_id)
 
     @contextlib.contextmanager
     def watch(self, system: str) -> Iterator[asyncio.Event]:

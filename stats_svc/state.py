@@ -11,18 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from modpressure.errors import (
-    AlreadyExists,
-    BadRequest,
-    ModpressureError,
-    NotFound,
-    NotNow,
-    OverLimit,
-    Overloaded,
-    shown,
-)
+from modpressure.errors import BadRequest, ModpressureError, NotFound, NotNow, OverLimit, shown
 from modpressure.kernel.modules_list import PROCEED, Answer, State, Verdict
-from modpressure.kernel.system_memory import Amounts
 from modpressure.operations import STEPS
 from modpressure.tokens import covers
 from modpressure.v1 import call_pb2
@@ -37,13 +27,13 @@ from stats_svc.names import (
     check_inode,
     check_module_name,
     check_symbols,
-    check_system_id,
     is_module_name,
     module_of_inode,
 )
-from stats_svc.rows import ClaimKey, ClaimRow, Snapshot, SystemRow, SystemSnapshot
+from stats_svc.rows import ClaimKey, ClaimRow, Snapshot
 from stats_svc.session import MAX_INTERRUPTED, Caller, Fence, Instance, Session
-from stats_svc.system import MAX_COUNTED_BYTES, System, Woken
+from stats_svc.system import System, Woken
+from stats_svc.systems import DEFAULT_POLICY, Systems
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +73,9 @@ MAX_TOLD_BYTES: Final = 32 << 20
 """Records and symbols that a stream is told by one commit, about; loaders ask for a tenth of it at most. Who asks for
 more at once is to ask again."""
 
-IMPORTS: Final = 2
-"""Systems that are imported at once."""
-
-IMPORT_RETRY_SECONDS: Final = 5.0
-
 
 class LostClaim(NotNow):
     """The claim that a call is part of is not held any more."""
-
-
-DEFAULT_POLICY: Final = call_pb2.POLICY_V6_4
-"""Number of ``modpressure.kernel.policy.DEFAULT_POLICY``."""
 
 
 class LedgerState:
@@ -103,13 +84,7 @@ class LedgerState:
     def __init__(self, snapshot: Snapshot, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         """Take over what is stored; ``clock_ns`` is what requests of the kernel are timed by."""
         self._clock_ns = clock_ns
-        self._queued: dict[str, System] = {}
-        """Systems with requests of the kernel that wait for a place."""
-
-        self._imported: set[str] = set()
-        """Ids of systems that are being imported: none is created that is called so."""
-
-        self.systems = {row.id: System(row) for row in snapshot.systems}
+        self.systems = Systems(snapshot)
         self.instances = {
             row.instance_id: Instance(
                 row.instance_id,
@@ -123,14 +98,6 @@ class LedgerState:
             )
             for row in snapshot.instances
         }
-        for row in snapshot.modules:
-            self.systems[row.system].restore(row)
-        for system, requesters in snapshot.requesters.items():
-            self.systems[system].restore_requesters(requesters)
-        for held in snapshot.held:
-            self.systems[held.system].restore_held(held)
-        for claim in snapshot.claims:
-            self.systems[claim.system].claims.restore(claim)
         self._stored_claims: Mapping[ClaimKey, ClaimRow] | None = None
         """What the store has of the claims of the batch that is being applied, if that was looked up."""
 
@@ -303,7 +270,7 @@ class LedgerState:
         self, group: Group, session: Session, system: System | None, operation: pb.Operation, now_ns: int
     ) -> None:
         if system is None:
-            system = self.create_system(group, operation.system, DEFAULT_POLICY, now_ns)
+            system = self.systems.create(group, operation.system, DEFAULT_POLICY, now_ns)
         group.results_of(session).results.add(
             call_id=operation.call_id,
             verdict=pb.OperationResult.VERDICT_PROCEED,
@@ -495,7 +462,7 @@ class LedgerState:
         answer = system.autoload.request(asked.name, caller, self._clock_ns(), merge=asked.merge)
         self._answer_or_wait(group, session, system, operation.call_id, answer)
         if system.autoload.next_expiry_ns is not None:
-            self._queued[system.id] = system
+            self.systems.queued[system.id] = system
 
     def _finish_request(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         caller, status = (session.instance.id, operation.call_id), operation.finish_request.exit_status
@@ -503,19 +470,13 @@ class LedgerState:
         self._answer(group, session, operation.call_id, PROCEED)
         self._wake(group, told)
 
-    @property
-    def next_expiry_ns(self) -> int | None:
-        """When a request that waits for a place will have waited for too long; None if none waits."""
-        times_ns = [at for system in self._queued.values() if (at := system.autoload.next_expiry_ns) is not None]
-        return min(times_ns, default=None)
-
     def expire_requests(self, group: Group) -> None:
         """Answer the requests that have waited for a place for too long."""
         now_ns = self._clock_ns()
-        for system in list(self._queued.values()):
+        for system in list(self.systems.queued.values()):
             self._wake(group, system.autoload.expire(now_ns))
             if system.autoload.next_expiry_ns is None:
-                del self._queued[system.id]
+                del self.systems.queued[system.id]
 
     def take_requests(self, instance: Instance, requests: Iterable[pb.HeldRequest]) -> None:
         """Give a loader the places back that its requests have: this process may have been started since."""
@@ -616,113 +577,6 @@ class LedgerState:
             if system_id in self.systems:
                 self.systems[system_id].abandon(group, instance, call_id, module)
         return len(abandoned)
-
-    # --- systems ---
-
-    def create_system(
-        self, group: Group, system_id: str, policy: int, now_ns: int, limits: Amounts | None = None
-    ) -> System:
-        """Create a system. BadRequest if that can't be an id, AlreadyExists if there is one of that id."""
-        check_system_id(system_id)
-        if system_id in self.systems:
-            raise AlreadyExists(f"there is a system {system_id!r} already")
-        self._check_not_imported(system_id)
-        row = SystemRow(system_id, policy, create_time_ns=now_ns, limits=limits)
-        group.create(row)
-        system = self.systems[system_id] = System(row)
-        return system
-
-    def reset_system(self, group: Group, system_id: str, now_ns: int) -> System:
-        """Reset a system as a reboot would. NotFound if there is none, NotNow while calls are in flight."""
-        system = self._idle(system_id, "reset")
-        group.released += [entry.owner for entry in system.modules]
-        group.reset(system_id, now_ns)
-        system.clear()
-        system.reset_time_ns = now_ns
-        return system
-
-    def delete_system(self, group: Group, system_id: str) -> None:
-        """Delete a system. NotFound if there is none, NotNow while calls are in flight."""
-        system = self._idle(system_id, "deleted")
-        group.released += [entry.owner for entry in system.modules]
-        group.delete(system_id)
-        del self.systems[system_id]
-        self._queued.pop(system_id, None)
-
-    def begin_import(self, system_id: str, *, replace: bool) -> None:
-        """Keep an id for a system that is being imported, until ``end_import``.
-
-        BadRequest if that can't be an id; AlreadyExists if there is one, unless it is to be replaced, and NotNow while
-        calls are in flight in that; Overloaded while as many are imported as may be at once.
-        """
-        self._check_not_imported(check_system_id(system_id))
-        if system_id in self.systems:
-            if not replace:
-                raise AlreadyExists(f"there is a system {system_id!r} already")
-            self._idle(system_id, "replaced")
-        if len(self._imported) >= IMPORTS:
-            raise Overloaded(
-                f"{len(self._imported)} systems are being imported, which is as many as there may be at once",
-                retry_seconds=IMPORT_RETRY_SECONDS,
-            )
-        self._imported.add(system_id)
-
-    def end_import(self, system_id: str) -> None:
-        """Let go of an id."""
-        self._imported.discard(system_id)
-
-    def take_out(self, system_id: str) -> System | None:
-        """Have no system of an id that is kept, so that nobody comes in between; return what there was of it.
-
-        NotNow while calls are in flight in that.
-        """
-        replaced = self._idle(system_id, "replaced") if system_id in self.systems else None
-        self.systems.pop(system_id, None)
-        self._queued.pop(system_id, None)
-        return replaced
-
-    def put_in(self, group: Group, system_id: str, imported: SystemSnapshot, replaced: System | None) -> None:
-        """Take over a system that was imported, in place of what was taken out."""
-        self.systems[system_id] = _restored(imported)
-        # Loaders know what was there before.
-        group.deleted_systems.append(system_id)
-        group.touched.add(system_id)
-        if replaced is not None:
-            group.released += [entry.owner for entry in replaced.modules]
-
-    def _check_not_imported(self, system_id: str) -> None:
-        if system_id in self._imported:
-            raise NotNow(f"system {system_id!r} is being imported")
-
-    def _idle(self, system_id: str, what: str) -> System:
-        system = self.systems.get(check_system_id(system_id))
-        if system is None:
-            raise NotFound(f"there is no system {system_id!r}")
-        if system.has_calls_in_flight:
-            raise NotNow(f"system {system_id!r} can't be {what} while calls are in flight")
-        return system
-
-
-def _restored(snapshot: SystemSnapshot) -> System:
-    system = System(snapshot.row)
-    for row in snapshot.modules:
-        system.restore(row)
-    system.restore_requesters(snapshot.requesters)
-    for held in snapshot.held:
-        system.restore_held(held)
-    return system
-
-
-def check_imported(snapshot: SystemSnapshot) -> None:
-    """Return if a system can be what a file makes of it. BadRequest if not: no start could load it either."""
-    try:
-        system = _restored(snapshot)
-    except Exception as error:
-        reason = error.sentence if isinstance(error, ModpressureError) else "its rows contradict each other"
-        raise BadRequest(f"the file can't be imported: {reason}", field="chunk") from error
-    taken = () if system.memory is None else system.memory.account.taken
-    if system.has_calls_in_flight or any(amount > MAX_COUNTED_BYTES for amount in taken):
-        raise BadRequest("the file can't be imported: its memory is held by nobody, or too much", field="chunk")
 
 
 def _may_tell(group: Group, session: Session) -> bool:

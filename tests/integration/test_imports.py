@@ -20,9 +20,9 @@ from stats_svc.housekeeping import Housekeeping
 from stats_svc.ledger import Ledger
 from stats_svc.rows import StoreError, SystemRow
 from stats_svc.servicer import StatsServicer
-from stats_svc.state import IMPORTS
 from stats_svc.store import SqlStore
 from stats_svc.system_file import FileRows, Reader
+from stats_svc.systems import IMPORTS
 from tests.integration.test_ledger import Loader, fail, live, remove, reserve, settle
 from tests.services import Launch
 
