@@ -14,13 +14,14 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
+from fuzz import system_files
 from fuzz.calls import EOF, Call, Inside, OverGrpc, RpcEnded, Way
 from fuzz.messages import Dice, Maker, delimited
 from fuzz.pulse import ANSWER_SECONDS, Pulse
 from fuzz.tally import BAD_STATUSES, Tally
 from fuzz.targets import Target
 from fuzz.wire import LENGTH_DELIMITED, damaged, varint
-from modpressure.v1 import ledger_service_pb2, loader_service_pb2
+from modpressure.v1 import ledger_service_pb2, loader_service_pb2, stats_service_pb2
 
 _LINGER_SECONDS: Final = 0.02
 """How long a client waits for an answer that may rightly never come."""
@@ -34,6 +35,9 @@ _AGAIN: Final = 1 / 32
 _SHORT_BYTES: Final = 64
 """Longer requests are as good as never the same."""
 
+_FILES: Final = 0.8
+"""The chance of a damaged file, where files are read, instead of anything else."""
+
 _KEPT_PAGE_TOKENS: Final = 20
 _SHOWN_BYTES: Final = 300
 _WILD: Final = (0.0, 0.0, 0.0, 0.05, 0.3, 0.9)
@@ -45,7 +49,7 @@ _CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class History:
-    """What all sessions of a target share: which requests there were, and page tokens of the last answers."""
+    """What all sessions of a target share: which requests there were, and what they take from answers."""
 
     def __init__(self, target: Target) -> None:
         self._request = message_factory.GetMessageClass(target.request)
@@ -53,6 +57,10 @@ class History:
         self._has_page_tokens = "next_page_token" in target.response.fields_by_name
         self._seen: set[int] = set()
         self.page_tokens: deque[str] = deque(maxlen=_KEPT_PAGE_TOKENS)
+        """Those of the last answers."""
+
+        self.exported: list[system_files.Line] = []
+        """The file of a system, for a target that reads such files."""
 
     def is_new(self, message: bytes) -> bool:
         """Return whether no request was like this one to a service, which sees only the fields that it knows."""
@@ -80,7 +88,8 @@ class History:
 class Session:
     """A stream of messages, or as many calls with one each, one after another.
 
-    All that it sends hangs on its dice, page tokens apart; a request like an earlier one may be left out.
+    All that it sends hangs on its dice, apart from page tokens and the exported system; a request like an earlier one
+    may be left out.
     """
 
     target: Target
@@ -210,6 +219,11 @@ class Session:
             yield self._first("storm")
             for _ in range(count // 4):
                 yield self._message() if dice.random() < 0.2 else self._first(dice.choice(("start", "stop")))
+        elif self.history.exported and dice.random() < _FILES:
+            header = stats_service_pb2.ImportHeader(system=system_files.SYSTEM, replace=dice.random() < 0.97)
+            yield _field(self.target.request, "header", header.SerializeToString())
+            for piece in system_files.pieces(system_files.damaged(self.history.exported, dice), dice):
+                yield _field(self.target.request, "chunk", piece)
         else:
             for _ in range(count):
                 yield self._message()

@@ -23,7 +23,7 @@ from typing import Final
 
 import grpc
 
-from fuzz import files
+from fuzz import files, system_files
 from fuzz.calls import Way
 from fuzz.invariants import broken
 from fuzz.messages import MODULES, SYSTEMS, Dice
@@ -37,15 +37,19 @@ from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 
 SESSIONS_AT_ONCE: Final = 24
-_FEW_AT_ONCE: Final = {"StatsService/ExportSystem": 1}
-"""Of what the service does for few at once, and refuses to all others. An export that is left takes a moment to end,
-so the place beside the one that is in progress is not always free."""
+_IMPORT: Final = "StatsService/ImportSystem"
+_FEW_AT_ONCE: Final = {"StatsService/ExportSystem": 1, _IMPORT: 1}
+"""Of what the service does for few at once, and refuses to all others. One that is left takes a moment to end, so the
+place beside the one that is in progress is not always free."""
 
 OVER_GRPC: Final = 128
 """Every so manieth session goes over gRPC, the others begin where that hands an RPC on."""
 
 _MESSAGES_PER_USE: Final = 1000
 """Messages between two plain uses of the services."""
+
+_IMPORTS_PER_USE: Final = 60
+"""Likewise, where they are systems that come in: what was taken is soon replaced."""
 
 _FIRST_USES: Final = 5
 
@@ -69,6 +73,9 @@ async def fuzz(
         try:
             with pulse.limited():
                 await _use(LoaderServiceStub(to["loader"].channel), user, tally)
+                for sentence in await system_files.use(to, user) if history.exported else ():
+                    tally.wrong += 1
+                    tally.found(sentence)
         except TimeoutError:
             tally.hangs += 1
             tally.found("a plain load or unload does not end")
@@ -85,7 +92,7 @@ async def fuzz(
             for finding in session.findings:
                 tally.found(f"{finding}, session {number}")
             if tally.messages >= due:
-                due += _MESSAGES_PER_USE
+                due += _IMPORTS_PER_USE if history.exported else _MESSAGES_PER_USE
                 await use(to)
             # All of what it would have sent may have been sent before.
             await asyncio.sleep(0)
@@ -95,6 +102,8 @@ async def fuzz(
             with pulse.watched():
                 for _ in range(_FIRST_USES):
                     await use(to)
+                if target.name == _IMPORT:
+                    history.exported = await system_files.exported(to)
                 # What is there by now stays: to look through it again and again would take a third of the time.
                 gc.freeze()
                 async with asyncio.TaskGroup() as group:

@@ -79,6 +79,14 @@ async def test_what_does_not_add_up_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert any("its events say" in finding for finding in tally.findings)
 
 
+async def test_a_damaged_file_of_a_system_is_read_to_where_it_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant that stores events as they come, so that whoever lists them meets what nobody foresaw."""
+    monkeypatch.setattr("stats_svc.system_file._check_segment", lambda *_: None)
+    tally = await fuzz(target("StatsService/ImportSystem"), 6000, SEED)
+    assert tally.statuses["OK"] and tally.statuses["INVALID_ARGUMENT"]
+    assert any("ListEventsRequest in the imported system" in finding for finding in tally.findings), tally.findings
+
+
 async def test_a_service_that_is_gone_in_the_end_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def of_another(to: dict[Where, Way]) -> list[str]:
         async with grpc.aio.insecure_channel(f"unix:{tmp_path}/nobody.sock") as channel:
