@@ -7,7 +7,7 @@ import sys
 
 from bench.table import Row, table
 
-NAMES = ("loads", "events", "recovery", "replicas", "overload", "trees", "virtual")
+NAMES = ("loads", "doors", "events", "recovery", "replicas", "overload", "trees", "virtual")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
 
 import grpc
 from google.protobuf import empty_pb2
@@ -21,12 +22,14 @@ from modpressure import aio
 from modpressure.v1 import loader_service_pb2 as pb
 from modpressure.v1.loader_service_pb2_grpc import LoaderServiceStub
 
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
 IN_FLIGHT = 64
 CALLS = 64 * 60
 ROUNDS = 5
 
 
-async def _calls_a_second(call: Callable[[int, int], Awaitable[None]], calls: int) -> float:
+async def calls_a_second(call: Callable[[int, int], Awaitable[None]], calls: int) -> float:
     """Let ``IN_FLIGHT`` callers make ``call(caller, number)`` until there were ``calls``; return calls a second."""
     each = calls // IN_FLIGHT
 
@@ -39,7 +42,7 @@ async def _calls_a_second(call: Callable[[int, int], Awaitable[None]], calls: in
     return each * IN_FLIGHT / (time.perf_counter() - begun)
 
 
-async def _small_modules(stub: LoaderServiceStub) -> list[str]:
+async def small_modules(stub: LoaderServiceStub) -> list[str]:
     """Return the names of the smallest modules of the tree that use no other, one for each caller.
 
     One that another caller's module uses at that moment could not be unloaded.
@@ -52,7 +55,24 @@ async def _small_modules(stub: LoaderServiceStub) -> list[str]:
     return names
 
 
-async def _streamed(stub: LoaderServiceStub, modules: list[str], calls: int) -> float:
+def loads_and_unloads(
+    stub: LoaderServiceStub, modules: list[str], metadata: Metadata = ()
+) -> Callable[[int, int], Awaitable[None]]:
+    """Return what has a caller load and unload its module in turn, one RPC each."""
+
+    async def call(caller: int, number: int) -> None:
+        module = modules[caller]
+        if number % 2:
+            unloaded = await stub.UnloadModule(pb.UnloadModuleRequest(module=module), metadata=metadata)
+            _check(pb.ModuleResponse(unload=unloaded))
+        else:
+            loaded = await stub.LoadModule(pb.LoadModuleRequest(module=module), metadata=metadata)
+            _check(pb.ModuleResponse(load=loaded))
+
+    return call
+
+
+async def streamed(stub: LoaderServiceStub, modules: list[str], calls: int, metadata: Metadata = ()) -> float:
     """Return calls a second through one stream: each caller's next request leaves when its last is answered."""
     requests: asyncio.Queue[pb.LoadModulesRequest | None] = asyncio.Queue()
 
@@ -71,7 +91,7 @@ async def _streamed(stub: LoaderServiceStub, modules: list[str], calls: int) -> 
     begun = time.perf_counter()
     await requests.put(pb.LoadModulesRequest(requests=[request(caller, 0) for caller in range(IN_FLIGHT)]))
     left = IN_FLIGHT
-    async for response in stub.LoadModules(outgoing()):
+    async for response in stub.LoadModules(outgoing(), metadata=metadata):
         following = []
         for answer in response.responses:
             _check(answer)
@@ -107,24 +127,16 @@ async def measure() -> list[Row]:
         async with grpc.aio.insecure_channel(peer.address) as empty, grpc.aio.insecure_channel(loader.address) as main:
             nothing = empty.unary_unary(EMPTY_METHOD, empty_pb2.Empty.SerializeToString, empty_pb2.Empty.FromString)
             stub = LoaderServiceStub(main)
-            modules = await _small_modules(stub)
+            modules = await small_modules(stub)
 
             async def call_empty(caller: int, number: int) -> None:
                 await nothing(empty_pb2.Empty())
 
-            async def call_loader(caller: int, number: int) -> None:
-                module = modules[caller]
-                if number % 2:
-                    unloaded = await stub.UnloadModule(pb.UnloadModuleRequest(module=module))
-                    _check(pb.ModuleResponse(unload=unloaded))
-                else:
-                    loaded = await stub.LoadModule(pb.LoadModuleRequest(module=module))
-                    _check(pb.ModuleResponse(load=loaded))
-
+            call_loader = loads_and_unloads(stub, modules)
             for number in itertools.count(-1):
-                peer_rate = await _calls_a_second(call_empty, CALLS)
-                single_rate = await _calls_a_second(call_loader, CALLS)
-                stream_rate = await _streamed(stub, modules, CALLS)
+                peer_rate = await calls_a_second(call_empty, CALLS)
+                single_rate = await calls_a_second(call_loader, CALLS)
+                stream_rate = await streamed(stub, modules, CALLS)
                 if number >= 0:  # the first round warms up
                     single.append(single_rate / peer_rate)
                     streamed.append(stream_rate / peer_rate)
