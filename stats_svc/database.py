@@ -39,6 +39,12 @@ _MIGRATION_LOCK: Final = 0x6D6F646D
 JOURNAL_BYTES: Final = 64 << 20
 """Size that SQLite's write-ahead log is cut back to."""
 
+FREE_SHARE: Final = 4
+"""An SQLite file is shrunk while more than one page of so many is free: what comes soon needs the room again."""
+
+STEP_PAGES: Final = 256
+"""Pages by which it is shrunk in one transaction, which others wait for; some milliseconds."""
+
 STATEMENT_TIMEOUT_SECONDS: Final = 30
 """How long PostgreSQL may take for one statement."""
 
@@ -95,7 +101,12 @@ class Database:
                 version = self._location.version(connection)
             if self.is_sqlite:
                 with self.writer.connect() as connection:
-                    connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
+                    cursor = connection.connection.cursor()
+                    if version is None:
+                        # Before there is anything in the file, or it means nothing (sqlite.org/pragma.html).
+                        cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                    cursor.execute("PRAGMA journal_mode = WAL")
+                    cursor.close()
             if version != schema.SCHEMA_VERSION:
                 self._migrate()
             if self.is_sqlite:
@@ -229,6 +240,27 @@ class Database:
             time.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
         leadership.moved_on(begun)
+
+    def shrink(self) -> bool:
+        """Make an SQLite file somewhat smaller if much of it is free; return whether there may be more to do.
+
+        PostgreSQL's autovacuum does what is to be done there.
+        """
+        if not self.is_sqlite:
+            return False
+        self.check_writer()
+        with self.errors(), self.writer.connect() as connection:
+            cursor = connection.connection.cursor()
+
+            def pages(which: str) -> int:
+                return int(cursor.execute(f"PRAGMA {which}_count").fetchone()[0])
+
+            free = pages("freelist")
+            if free - pages("page") // FREE_SHARE < STEP_PAGES:
+                return False
+            # A transaction of its own. ``execute`` would take its first step alone, which frees one page.
+            cursor.executescript(f"PRAGMA incremental_vacuum({STEP_PAGES})")
+            return pages("freelist") < free
 
     def ping(self) -> None:
         """Return if the database answers its writer, which is heard by those who stand by. StoreError if not."""

@@ -45,6 +45,9 @@ class Swept(Protocol):
     def sweep(self) -> bool:
         """Take something away of the systems that nobody sees any more; return whether there may be more."""
 
+    def shrink(self) -> bool:
+        """Give room back that is free; return whether there may be more."""
+
 
 class Housekeeping:
     """Takes away what is not kept, for as long as it runs."""
@@ -95,6 +98,7 @@ class Housekeeping:
             or self._store.prune_claims(self._before_ns(CLAIM_SECONDS))
             or self._store.prune_instances(self._before_ns(INSTANCE_SECONDS))
             or self._prune_events()
+            or self._store.shrink()
         )
 
     def _prune_events(self) -> bool:

@@ -351,6 +351,10 @@ class SqlStore:
         """Have these gaps of the wall clock in place of those that are stored."""
         self._database.write(partial(clock_rows.keep, gaps=gaps))
 
+    def shrink(self) -> bool:
+        """Give room back that is free; return whether there may be more."""
+        return self._database.shrink()
+
     def _step(self, prune: Callable[[Connection], bool]) -> bool:
         """Do a step in a transaction; return what it returns: whether there may be more to do."""
         more = False
