@@ -22,6 +22,7 @@ from modpressure.kernel.requesters import Requester, Tally
 from modpressure.v1 import call_pb2, ledger_service_pb2
 from stats_svc import schema
 from stats_svc.events import EventFilter, EventLog
+from stats_svc.instance_rows import STEP_INSTANCES
 from stats_svc.rows import (
     Changes,
     Commit,
@@ -204,14 +205,17 @@ def test_instances_are_overwritten_and_those_that_are_over_forgotten(open_store:
     store = open_store()
     old, new = 10**18, 4 * 10**18
     rows = [InstanceRow("idle", "x", 1, old), InstanceRow("new", "y", 1, new)]
-    over = [InstanceRow(f"over-{n}", "z", 1, old, 1) for n in range(3)] + [InstanceRow("just", "z", 1, new, 2)]
+    over = [InstanceRow(f"over-{n}", "z", 1, old, 1) for n in range(STEP_INSTANCES + 1)]
+    over.append(InstanceRow("just", "z", 1, new, 2))
     store.commit(Commit(1, [Changes()], [*rows, *over]))
     store.commit(Commit(1, [Changes()], [InstanceRow("new", "z", 7, new)]))
     # What is over is not kept in memory.
     assert sorted(row.instance_id for row in store.load().instances) == ["idle", "new"]
     assert store.instance("new") == InstanceRow("new", "z", 7, new)
     assert store.instance("over-1") == over[1] and store.instance("absent") is None
-    assert [store.prune_instances(before_ns=old + 1, most=2) for _ in range(3)] == [2, 1, 0]
+    assert not store.prune_instances(old)
+    assert store.prune_instances(old + 1)
+    assert not store.prune_instances(old + 1)
     assert store.instance("over-1") is None and store.instance("just") is not None and store.instance("idle")
 
 
