@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SEGMENT_EVENTS: Final = 2000
 """Events after which another segment is begun: reading one event means reading its segment."""
 
+OPERATION_BYTES: Final = 1024
+"""Memory that an operation takes, or a call or module that it records, besides what it says: its event, its answer, and
+what it changes, about."""
+
 
 class Group:
     """Gathers while the group before is being committed."""
@@ -41,8 +45,8 @@ class Group:
         self.touched: set[str] = set()
         """Systems of which something that is watched has changed."""
 
-        self.weight = 0
-        """How much it holds, in operations and recorded calls."""
+        self.size_bytes = 0
+        """Memory that it takes, about."""
 
         self.steps = [Changes()]
         """What is to be committed."""
@@ -54,6 +58,10 @@ class Group:
         """Work for the writer once this is committed, which commits by itself."""
 
         self._followers: list[asyncio.Future[None]] = []
+
+    def weigh(self, count: int, message_bytes: int = 0) -> None:
+        """Note that it holds so many more operations, calls or modules, and what they say."""
+        self.size_bytes += count * OPERATION_BYTES + message_bytes
 
     def results_of(self, session: Session) -> pb.ResultBatch:
         """Return the message to which answers for ``session`` are added."""

@@ -64,8 +64,8 @@ R = TypeVar("R")
 
 DEFAULT_SYSTEM: Final = "default"
 
-MAX_GROUP_WEIGHT: Final = 20_000
-"""Operations and recorded calls that gather before nothing more is read from any stream."""
+MAX_GROUP_BYTES: Final = 20 << 20
+"""How much gathers, as ``Group.weigh`` has it, before nothing more is read from any stream."""
 
 PING_SECONDS: Final = 1.0
 """How often the database is asked whether it is there, and those who stand by hear that this process is."""
@@ -361,7 +361,7 @@ class Ledger:
 
     async def _submit(self, session: Session, batch: pb.OperationBatch) -> None:
         await session.drained()
-        while self._group.weight >= MAX_GROUP_WEIGHT and not session.closed:
+        while self._group.size_bytes >= MAX_GROUP_BYTES and not session.closed:
             self._room.clear()
             await self._room.wait()
         instance = session.instance
@@ -396,7 +396,7 @@ class Ledger:
         instance.held_bytes = _credible(batch.held_bytes)
         self.held_bytes = others_bytes + instance.held_bytes
         group.results_of(session).applied_sequence = instance.applied_sequence
-        group.weight += len(batch.operations)
+        group.weigh(len(batch.operations), batch.ByteSize())
         self._state.apply(
             group,
             session,

@@ -309,7 +309,7 @@ class System:
         )
         segment.count += len(calls)
         segment.records.append(record)
-        group.weight += len(calls)
+        group.weigh(len(calls))
 
     def check_record(self, record: pb.RecordCalls) -> None:
         """Return if ``record`` would do. BadRequest if not."""
@@ -330,7 +330,7 @@ class System:
             raise BadRequest(f"peak_held_bytes {record.peak_held_bytes} is no size", field="peak_held_bytes")
         self.peak_held_bytes = max(self.peak_held_bytes, record.peak_held_bytes)
         self._delta(group)
-        group.weight += len(record.modules)
+        group.weigh(len(record.modules))
         caller = (instance.id, call_id)
         for each in record.modules:
             name = each.module

@@ -20,6 +20,7 @@ from modpressure.operations import STEPS
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.events import EventFilter, EventLog
+from stats_svc.group import OPERATION_BYTES
 from stats_svc.ledger import Ledger
 from stats_svc.rows import ClaimKey, ClaimRow, Commit, InstanceRow, SegmentKind, Snapshot, StoredSegment, StoreError
 from stats_svc.session import Session
@@ -1077,10 +1078,12 @@ async def test_waves_of_operations_are_committed_in_groups(bench: Bench) -> None
     assert bench.faulty.commits - commits < 20
 
 
+@pytest.mark.parametrize(("value", "most"), [("", 10), ("v" * 3000, 3)], ids=["many", "long"])
 async def test_a_slow_database_makes_loaders_wait_instead_of_filling_memory(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, value: str, most: int
 ) -> None:
-    monkeypatch.setattr("stats_svc.ledger.MAX_GROUP_WEIGHT", 10)
+    # A group has ten of the smallest operations, or three of the long ones.
+    monkeypatch.setattr("stats_svc.ledger.MAX_GROUP_BYTES", 10 * OPERATION_BYTES)
     [a] = await connected(bench, "a")
     go_on = threading.Event()
     commit = bench.faulty.commit
@@ -1096,8 +1099,9 @@ async def test_a_slow_database_makes_loaders_wait_instead_of_filling_memory(
         nonlocal applied
         answers = []
         for _ in range(100):
-            call = a.new_call()
-            answers += await a.send(reserve(call, f"m{call}"))
+            operation = fail(a.new_call(), Outcome.KREAD)
+            operation.finish_call.call.value = value
+            answers += await a.send(operation)
             applied += 1
         return answers
 
@@ -1105,7 +1109,7 @@ async def test_a_slow_database_makes_loaders_wait_instead_of_filling_memory(
     # One group is stuck in the commit, the next is full; everybody else has had their turns.
     for _ in range(1000):
         await asyncio.sleep(0)
-    assert 10 <= applied <= 21
+    assert most <= applied <= 2 * most + 1
     go_on.set()
     for answer in await pouring:
         assert (await answer).verdict == PROCEED
