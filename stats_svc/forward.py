@@ -17,11 +17,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Final, NoReturn
 
 import grpc
+import structlog
 from google.protobuf.message import Message
 
 from modpressure.access import AUTHORIZATION
 from modpressure.client_errors import end_requests, error_of
-from modpressure.errors import Unavailable
+from modpressure.errors import ModpressureError, Unavailable
 from modpressure.fair import FLOW
 from modpressure.grpc_errors import translate_errors
 from modpressure.malformed import Malformed
@@ -55,11 +56,16 @@ _HOP_BY_HOP: Final = (":", "grpc-", "te", "content-type", "user-agent", _ONCE, C
 _OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # Whom nobody asks for anything is not tried any more: gRPC would go on for as long as there is the channel.
+    ("grpc.client_idle_timeout_ms", 5_000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
 )
+
+
+_log = structlog.get_logger(__name__)
 
 
 class Vouching:
@@ -104,6 +110,9 @@ class Forwarder(grpc.aio.ServerInterceptor):
         self._vouching = vouching
         self._address = ""
         self._channel: Any = None
+        self._unreached = ""
+        """Why the leader can't be reached, as far as that was logged."""
+
         self._handing_on: dict[str, tuple[Any, Any]] = {}
         """Of each method its own handler, and the one that hands on."""
 
@@ -138,16 +147,20 @@ class Forwarder(grpc.aio.ServerInterceptor):
                     yield self._asked(kind, method, context)
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
-                        raise error_of(error, "the stats_svc that leads", self._address) from error
+                        raise self._away(error) from error
                     await _pass_on(context, error)
 
         async def unary(request: Message | Malformed, context: Any) -> Any:
             async with asking("unary_unary", context) as ask:
                 try:
-                    return await ask(encoded(request))
+                    response = await ask(encoded(request))
                 except grpc.aio.AioRpcError as error:
                     if error.code() is not grpc.StatusCode.UNAVAILABLE or method not in _LIVE_READS:
                         raise
+                    self._away(error)
+                else:
+                    self._is_there()
+                    return response
             return handler.response_serializer(await handler.unary_unary(request, context))
 
         async def watch(request: Message | Malformed, context: Any) -> AsyncIterator[bytes]:
@@ -198,6 +211,20 @@ class Forwarder(grpc.aio.ServerInterceptor):
 
         return ask
 
+    def _away(self, error: grpc.aio.AioRpcError) -> ModpressureError:
+        """Return what a request ends with as the leader can't be reached, and log it, unless that is known."""
+        away = error_of(error, "the stats_svc that leads", self._address)
+        if away.sentence != self._unreached:
+            _log.warning("can't hand on", leader=self._address, reason=away.sentence)
+            self._unreached = away.sentence
+        return away
+
+    def _is_there(self) -> None:
+        """Note that the leader has answered."""
+        if self._unreached:
+            _log.info("handing on again", leader=self._address)
+            self._unreached = ""
+
     def _channel_to(self, address: str) -> Any:
         """Return a channel to the leader, with the certificates that the files have now."""
         renewed = self._follower is not None and self._follower.changed() is not None
@@ -243,7 +270,9 @@ class Forwarder(grpc.aio.ServerInterceptor):
                         raise error
                 if stopping.done() and not reading.done():
                     raise Unavailable("stats_svc is stopping")
-            return reading.result()
+            response = reading.result()
+            self._is_there()
+            return response
         finally:
             stopping.cancel()
             reading.cancel()

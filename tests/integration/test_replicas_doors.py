@@ -106,6 +106,8 @@ async def test_who_stands_by_says_why_it_can_not_reach_the_leader(
             await client.create_system("small")
         # What is stored it tells all the same.
         assert (await client.stats()).calls == 0
+    # Once, however often it is asked.
+    assert sum("can't hand on" in line and sentence in line for line in second.lines) == 1
 
 
 async def test_certificates_of_replicas_are_replaced_while_they_run(
