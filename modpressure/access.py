@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from modpressure.errors import Forbidden, ModpressureError, Unauthenticated
 from modpressure.fair import FLOW, Flow
 from modpressure.grpc_errors import abort_with
-from modpressure.handlers import rebuilt
+from modpressure.handlers import REFUSAL, rebuilt
 from modpressure.malformed import Malformed
 from modpressure.tokens import ALL, Role, TokenFile, digest_of
 
@@ -36,14 +36,14 @@ _ROLES: Final = {
 }
 _READS: Final = ("Get", "List", "Watch")
 
-_PASS: Final[ContextVar[_Pass | ModpressureError]] = ContextVar("pass")
-"""In the task of an RPC: the token that it shows, or why it is not let in."""
+_PASS: Final[ContextVar[_Pass]] = ContextVar("pass")
+"""In the task of an RPC that is let in: the token that it shows."""
 
 
 def patterns() -> tuple[str, ...]:
     """Return which systems the token of this task's RPC is for, all of them where none is asked for."""
     shown = _PASS.get(None)
-    return shown.grant.systems if isinstance(shown, _Pass) else (ALL,)
+    return (ALL,) if shown is None else shown.grant.systems
 
 
 def role_of(method: str) -> Role:
@@ -111,7 +111,10 @@ class _Pass:
 
 
 class Door(grpc.aio.ServerInterceptor):
-    """Lets in only whose token allows what they ask, and only for as long as it does."""
+    """Lets in only whose token allows what they ask, and only for as long as it does.
+
+    Who is not let in at all is told so by ``Admission``, before a request is read: see ``REFUSAL``.
+    """
 
     def __init__(self, tokens: TokenFile) -> None:
         self._tokens = tokens
@@ -133,7 +136,7 @@ class Door(grpc.aio.ServerInterceptor):
             shown.check_method()
             _PASS.set(shown)
         except ModpressureError as error:
-            _PASS.set(error)
+            REFUSAL.set(error)
         known, guarded = self._guarded.get(method, (None, None))
         if known is not handler:
             guarded = _guard(handler, method)
@@ -174,12 +177,6 @@ def _guard(handler: Any, method: str) -> Any:
     """
     inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-    async def let_in(context: Any) -> _Pass:
-        shown = _PASS.get()
-        if isinstance(shown, ModpressureError):
-            await abort_with(context, method, shown)
-        return shown
-
     def begun(request: Any, context: Any, shown: _Pass) -> Any:
         if handler.request_streaming:
             return inner(_checked(request, shown), context)
@@ -188,12 +185,12 @@ def _guard(handler: Any, method: str) -> Any:
         return inner(request, context)
 
     async def awaited(request: Any, context: Any) -> Any:
-        shown = await let_in(context)
+        shown = _PASS.get()
         async with _refusals(context, method, shown):
             return await begun(request, context, shown)
 
     async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
-        shown = await let_in(context)
+        shown = _PASS.get()
         responses: Any = None
         try:
             while True:

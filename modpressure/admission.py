@@ -25,6 +25,7 @@ from modpressure.deadlines import Deadlines
 from modpressure.errors import BadRequest, Overloaded
 from modpressure.fair import FLOW, Flow
 from modpressure.grpc_errors import abort_with
+from modpressure.handlers import REFUSAL
 from modpressure.limits import Limits
 from modpressure.log import about
 from modpressure.shares import PERMIT, Permit, Rate, Shares
@@ -158,6 +159,9 @@ class Admission(grpc.aio.ServerInterceptor):
         if method == _PROBE:
             context.set_trailing_metadata(((TIME_HEADER, f"{time.time():.3f}"),))
         permit = Permit(functools.partial(self._leave, method, client))
+        if (refusal := REFUSAL.get()) is not None:
+            permit.release()
+            await abort_with(context, method, refusal)
         PERMIT.set(permit)
         return client, permit
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Final
 
 import grpc
+
+from modpressure.errors import ModpressureError
+
+REFUSAL: Final[ContextVar[ModpressureError | None]] = ContextVar("refusal", default=None)
+"""In the task of an RPC: why it is refused, where that is known when it begins. Who reads its request looks here first,
+since a request may be long."""
 
 
 def rebuilt(handler: Any, behavior: Any, request_deserializer: Callable[[bytes], Any] | None = None) -> Any:

@@ -413,6 +413,25 @@ async def test_a_token_for_one_system_gains_nothing_by_what_is_no_message(doors:
         assert await call(b"\x0a\xff").code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_who_is_not_let_in_is_told_so_before_a_request_is_read(launch: Launch, tmp_path: Path) -> None:
+    """Else strangers could fill the memory with long ones."""
+    file, loads = tmp_path / "tokens.toml", new_token()
+    file.write_text(entry(loads, "loads", [Role.LOAD], ["*"]))
+    database = str(tmp_path / "stats.sqlite3")
+    limits = ("--tokens", str(file), "--request-seconds", "0.2")
+    stats = launch("stats_svc", "--listen", "127.0.0.1:0", "--database", database, *limits)
+    async with grpc.aio.insecure_channel(stats.address) as channel:
+        for metadata, code in (
+            ((), grpc.StatusCode.UNAUTHENTICATED),
+            ((("authorization", f"Bearer {new_token()}"),), grpc.StatusCode.UNAUTHENTICATED),
+            ((("authorization", f"Bearer {loads}"),), grpc.StatusCode.PERMISSION_DENIED),
+        ):
+            for method in ("GetReport", "WatchStats", "ImportSystem"):
+                # To the client a method that takes a stream, so that nothing follows the headers.
+                call = channel.stream_stream(f"/modpressure.v1.StatsService/{method}")(metadata=metadata)
+                assert await call.code() is code, (method, await call.details())
+
+
 async def test_a_method_is_wrapped_once_for_all_who_call_it(tmp_path: Path) -> None:
     """Else each RPC would cost that, and so would what other interceptors remember of a handler."""
     file, tokens = tmp_path / "tokens.toml", [new_token(), new_token()]
