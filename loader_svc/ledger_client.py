@@ -5,7 +5,8 @@ and each of its operations answered; after a lost connection what is not committ
 committed but unanswered is asked again under its old number, which the server answers from what it left behind.
 
 Where the lease of this process has ended, as after a long sleep, stats_svc accepts nothing more of it: what was in
-flight is lost, nothing of it is counted, and it goes on as a new instance. Its live modules stay its own.
+flight is lost, nothing of it is counted, and it goes on as a new instance. Its live modules stay its own, as far as
+stats_svc has them live. So it goes on, too, where that has another database.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ class LedgerClient:
         ``target`` is the address of stats_svc, or those of several over one database, with commas: after a lost
         connection the next is tried.
         ``on_released`` is called with the id of each call whose live module was removed, ``on_connected`` with whether
-        the stream stands, each time that changes; ``new_instance_id`` for another id, where stats_svc is found to have
-        forgotten what it committed.
+        the stream stands, each time that changes; ``new_instance_id`` for another id, where nothing more is accepted
+        of this one.
         """
         self.target = target
         self._tls = tls
@@ -198,6 +199,9 @@ class LedgerClient:
 
         self._durable_sequence = 0
         """Up to here, stats_svc has said that batches are committed."""
+
+        self._welcomed = False
+        """Whether this instance was."""
 
         self._new_instance_id = new_instance_id
         self._policies: dict[str, int] = {}
@@ -320,7 +324,7 @@ class LedgerClient:
                     self._set_connected(False)
                     raise Replaced(reason) from None
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                    self._begin_anew()
+                    self._begin_anew(reason)
             except (BadCredentials, Unavailable) as error:
                 reason = error.sentence
             if self._presence.is_there:
@@ -363,6 +367,8 @@ class LedgerClient:
                 requests=self._requests.values(),
                 former_instance_ids=self._former_instance_ids,
                 heartbeats=True,
+                welcomed=self._welcomed,
+                committed_sequence=self._durable_sequence,
             )
             await stream.write(pb.ConnectRequest(hello=hello))
             # One that is stopped takes connections all the same; where there are others, one of them may lead by now.
@@ -371,9 +377,7 @@ class LedgerClient:
             if not isinstance(welcome, pb.ConnectResponse):
                 return
             applied_sequence = welcome.welcome.applied_sequence
-            if applied_sequence < self._durable_sequence:
-                self._forget_all(applied_sequence)
-                return
+            self._welcomed = True
             log.info("found stats_svc", target=self.target, applied_sequence=applied_sequence)
             self._policies.clear()
             # The writer takes what is unanswered before anything new can be asked, so old numbers go out first.
@@ -422,17 +426,16 @@ class LedgerClient:
         await asyncio.sleep(CLOSE_SECONDS)
         stream.cancel()
 
-    def _begin_anew(self) -> None:
-        """Go on as a new instance: the lease of this one has ended, and what its calls held was given back."""
-        former = self.instance_id
-        self._new_instance()
+    def _begin_anew(self, reason: str) -> None:
+        """Go on as a new instance: nothing more is accepted of this one. The next hello is answered by what is live."""
+        former, self.instance_id = self.instance_id, self._new_instance_id()
         self._former_instance_ids = [*self._former_instance_ids, former][-MAX_FORMER_INSTANCES:]
-        log.error("lease ended", target=self.target, former_instance_id=former, instance_id=self.instance_id)
-
-    def _new_instance(self) -> None:
-        self.instance_id = self._new_instance_id()
         self._last_sequence = self._applied_sequence = self._durable_sequence = 0
+        self._welcomed = False
         self._lose_calls()
+        log.error(
+            "begun anew", target=self.target, reason=reason, former_instance_id=former, instance_id=self.instance_id
+        )
 
     def _lose_calls(self) -> None:
         """End all that is in flight; nothing of it is told to stats_svc any more."""
@@ -450,23 +453,6 @@ class LedgerClient:
         for one in asked.values():
             if not one.answer.done():
                 one.answer.set_exception(self._lost())
-
-    def _forget_all(self, applied_sequence: int) -> None:
-        """Go on as a new loader process: the database is another one than that which held what this one did.
-
-        No module is live there and no call in flight. Those that are in flight here end with an error.
-        """
-        log.error(
-            "stats_svc has another database",
-            target=self.target,
-            applied_sequence=applied_sequence,
-            committed_sequence=self._durable_sequence,
-        )
-        self._new_instance()
-        self._former_instance_ids.clear()
-        live, self._live = self._live, set()
-        for call_id in live:
-            self._on_released(call_id)
 
     def _note(self, operation: pb.Operation, kind: str, verdict: int) -> None:
         """Note that a call is in flight, and what it has said and holds."""

@@ -9,7 +9,7 @@
     ├── OverLimit           more than a limit allows
     │   └── Overloaded      more than there is room for now; nothing was begun, trying again will help
     ├── NotNow              the state of things does not allow it at present
-    │   └── LeaseEnded      whoever asks was away for too long, and has to begin anew
+    │   └── LeaseEnded      whoever asks was away for too long or is not known, and has to begin anew
     ├── Replaced            whoever asks has a successor, and has to end
     └── Unavailable         a part that is needed is away; trying again may help
 
@@ -76,7 +76,7 @@ class NotNow(ModpressureError):
 
 
 class LeaseEnded(NotNow):
-    """Whoever asks was away for longer than its lease: nothing more is accepted of it, it has to begin anew."""
+    """Nothing more is accepted of whoever asks, as it was away for too long or is not known: it has to begin anew."""
 
 
 class Replaced(ModpressureError):

@@ -256,7 +256,8 @@ class Ledger:
         """Begin a stream of who may use the systems of some patterns; an older one of the same loader process ends.
 
         BadRequest if the hello makes no sense, Forbidden if it is in the name of a process that may use more systems,
-        Unavailable while the database is away.
+        LeaseEnded if nothing more is accepted of it, Replaced if another process has its name, Unavailable while the
+        database is away.
         """
         check_hello(hello)
         self._check_available()
@@ -265,6 +266,13 @@ class Ledger:
         instance = self._state.instances.get(hello.instance_id)
         if instance is not None and instance.fence:
             raise _refusal(instance.id, instance.loader, instance.fence)
+        if (hello.welcomed and instance is None) or (
+            instance is not None and hello.committed_sequence > instance.applied_sequence
+        ):
+            raise LeaseEnded(
+                f"process {hello.instance_id} of loader {hello.loader!r} has done more than is known of it: this is"
+                " another database, or an older copy; it has to begin as a new instance"
+            )
         others = [
             other
             for other in self._state.instances.values()

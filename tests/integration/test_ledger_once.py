@@ -379,6 +379,21 @@ async def test_a_loader_is_not_silent_while_its_hello_is_committed(
     assert not session.closed
 
 
+async def test_of_whom_less_is_known_than_it_was_told_begins_anew(bench: Bench) -> None:
+    for _ in range(2):
+        # However often it comes.
+        with pytest.raises(LeaseEnded, match="process a of loader 'l' has done more than is known of it"):
+            await bench.ledger.connect(pb.Hello(instance_id="a", loader="l", welcomed=True))
+    await bench.ledger.connect(pb.Hello(instance_id="b", loader="l"))
+    await bench.ledger.connect(pb.Hello(instance_id="b", loader="l", welcomed=True))
+    with pytest.raises(LeaseEnded):
+        await bench.ledger.connect(pb.Hello(instance_id="b", loader="l", welcomed=True, committed_sequence=1))
+    await bench.crash()
+    await bench.ledger.connect(pb.Hello(instance_id="b", loader="l", welcomed=True))
+    with pytest.raises(LeaseEnded):
+        await bench.ledger.connect(pb.Hello(instance_id="b", loader="l", welcomed=True, committed_sequence=1))
+
+
 @pytest.mark.parametrize("is_connected", [True, False])
 async def test_a_new_process_of_the_same_name_ends_its_old_self_at_once(bench: Bench, is_connected: bool) -> None:
     [a] = await connected(bench, "a")

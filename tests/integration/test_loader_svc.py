@@ -8,6 +8,7 @@ import gzip
 import lzma
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -531,14 +532,35 @@ async def test_calls_in_flight_survive_a_stats_svc_that_is_killed_and_are_counte
     await machine.close()
 
 
-async def test_another_database_is_a_new_beginning(launch: Launch, tmp_path: Path) -> None:
+@pytest.fixture
+def start_stats(launch: Launch, tmp_path: Path) -> Callable[[str], Process]:
+    """Start a stats_svc over some file; all are reached at the same address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def start_stats(database: str) -> Process:
+    def start(database: str) -> Process:
         return launch("stats_svc", "--listen", f"127.0.0.1:{port}", "--database", str(tmp_path / database))
 
+    return start
+
+
+async def load_when_back(machine: Machine, module: str) -> call_pb2.Call:
+    """Load a module as soon as stats_svc is back."""
+    calls: list[call_pb2.Call] = []
+
+    async def loads() -> bool:
+        try:
+            calls.append(await machine.load(module))
+        except grpc.aio.AioRpcError as error:
+            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION), error
+        return bool(calls)
+
+    await until(loads)
+    return calls[0]
+
+
+async def test_another_database_is_a_new_beginning(launch: Launch, start_stats: Callable[[str], Process]) -> None:
     stats = start_stats("first.sqlite3")
     loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
     machine = Machine(loader, stats, "default")
@@ -548,20 +570,49 @@ async def test_another_database_is_a_new_beginning(launch: Launch, tmp_path: Pat
     stats.kill()
     start_stats("second.sqlite3")
 
-    async def loads() -> bool:
-        try:
-            call = await machine.load("romfs")
-        except grpc.aio.AioRpcError as error:
-            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION), error
-            return False
-        # What was live in the other database is live in none, and its memory is free.
-        assert call.outcome == call_pb2.OUTCOME_LIVE
-        assert call.held_bytes == call.mod_bytes
-        assert call.instance_id != before.instance_id
-        return True
-
-    await until(loads)
+    call = await load_when_back(machine, "romfs")
+    # What was live in the other database is live in none, and its memory is free.
+    assert call.outcome == call_pb2.OUTCOME_LIVE
+    assert call.held_bytes == call.mod_bytes
+    assert call.instance_id != before.instance_id
     assert (await machine.counters()).modcount == 1
+    await machine.close()
+
+
+async def test_another_database_is_a_new_beginning_also_for_a_loader_that_has_caused_no_event(
+    launch: Launch, start_stats: Callable[[str], Process]
+) -> None:
+    stats = start_stats("first.sqlite3")
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
+    machine = Machine(loader, stats, "default")
+    await until(machine.serving)
+    for _ in range(3):
+        assert (await machine.unload("minix")).errno == "ENOENT"
+    stats.kill()
+    start_stats("second.sqlite3")
+    assert (await load_when_back(machine, "romfs")).outcome == call_pb2.OUTCOME_LIVE
+    assert (await machine.counters()).modcount == 1
+    await machine.close()
+
+
+async def test_after_an_older_copy_of_the_database_a_loader_has_what_is_live_in_that(
+    launch: Launch, start_stats: Callable[[str], Process], tmp_path: Path
+) -> None:
+    stats = start_stats("first.sqlite3")
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
+    machine = Machine(loader, stats, "default")
+    await until(machine.serving)
+    await machine.load("minix")
+    assert stats.stop() == 0
+    shutil.copy(tmp_path / "first.sqlite3", tmp_path / "copy.sqlite3")
+    stats = start_stats("first.sqlite3")
+    before = await load_when_back(machine, "romfs")
+    stats.kill()
+    start_stats("copy.sqlite3")
+    call = await load_when_back(machine, "romfs")
+    assert call.outcome == call_pb2.OUTCOME_LIVE
+    assert call.held_bytes == before.held_bytes
+    assert (await machine.counters()).modcount == 2
     await machine.close()
 
 
