@@ -19,7 +19,7 @@ STEP_CLAIMS: Final = 500
 """Claims that one step forgets, in a transaction for which others wait."""
 
 _CLAIMS = schema.claims
-_held = sa.select(_CLAIMS).where(_CLAIMS.c.instance_id != "")
+_held = sa.select(_CLAIMS).where(_CLAIMS.c.instance_id != "", _CLAIMS.c.system.in_(schema.seen_keys))
 _old = (
     sa.select(_CLAIMS.c.system, _CLAIMS.c.request_id)
     .where(_CLAIMS.c.update_time_ns < sa.bindparam("before_ns"), _CLAIMS.c.instance_id == "")
@@ -32,9 +32,8 @@ _remove = sa.delete(_CLAIMS).where(
 
 
 def load(connection: Connection, names: Mapping[str, str]) -> list[ClaimRow]:
-    """Return the claims that are held in some systems: by key, the name of each."""
-    query = _held.where(_CLAIMS.c.system.in_(list(names)))
-    return [_row(names[row.system], row) for row in connection.execute(query)]
+    """Return the claims that are held in the systems that users see; ``names`` has their names by their keys."""
+    return [_row(names[row.system], row) for row in connection.execute(_held)]
 
 
 def find(connection: Connection, keys: Collection[ClaimKey]) -> dict[ClaimKey, ClaimRow]:

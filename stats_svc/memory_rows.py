@@ -53,11 +53,11 @@ def create(connection: Connection, key: str, system: SystemRow) -> None:
         connection.execute(sa.insert(_LIMITS).values((key, *system.limits, *system.peak_taken)))
 
 
-def load(connection: Connection, names: Mapping[str, str]) -> list[HeldRow]:
-    """Return all that is held of some systems: by key, the name of each."""
+def load(connection: Connection, keys: sa.Select[tuple[str]], names: Mapping[str, str]) -> list[HeldRow]:
+    """Return all that is held of the systems whose keys a query finds; ``names`` has their names by their keys."""
     return [
         HeldRow(names[row.system], row.instance_id, row.call_id, Holding(*row[3:]))
-        for row in connection.execute(sa.select(_HELD).where(_HELD.c.system.in_(list(names))))
+        for row in connection.execute(sa.select(_HELD).where(_HELD.c.system.in_(keys)))
     ]
 
 

@@ -18,10 +18,13 @@ _known = sa.select(_TABLE.c.system, _TABLE.c.origin, _TABLE.c.requester)
 _tallies = sa.select(_TABLE.c.origin, _TABLE.c.requester, _TABLE.c.calls, _TABLE.c.failures, _TABLE.c.wasted_bytes)
 
 
-def known(connection: Connection, names: Mapping[str, str]) -> dict[str, list[Requester]]:
-    """Return the requesters that some systems tell apart, by their names; these are given by their keys."""
+def known(connection: Connection, keys: sa.Select[tuple[str]], names: Mapping[str, str]) -> dict[str, list[Requester]]:
+    """Return, by their names, the requesters that the systems tell apart whose keys a query finds.
+
+    ``names`` has the names by the keys.
+    """
     found: defaultdict[str, list[Requester]] = defaultdict(list)
-    for row in connection.execute(_known.where(_TABLE.c.system.in_(list(names)))):
+    for row in connection.execute(_known.where(_TABLE.c.system.in_(keys))):
         found[names[row.system]].append(Requester(row.origin, row.requester))
     return found
 

@@ -76,7 +76,13 @@ sa.Index(
 
 
 seen_keys: Final = sa.select(systems.c.id).where(systems.c.name != "")
-"""The keys of the systems that users see."""
+"""The keys of the systems that users see. What many systems have is asked for by such a query: a list of their keys
+would be a parameter each, of which PostgreSQL takes 65,535 and SQLite some thousands."""
+
+
+def key_alone(key: str) -> sa.Select[tuple[str]]:
+    """Return a query as ``seen_keys`` of one key, whether users see that system or not."""
+    return sa.select(systems.c.id).where(systems.c.id == key)
 
 
 def key_of(name: str) -> sa.ScalarSelect[str]:

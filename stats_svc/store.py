@@ -153,8 +153,8 @@ class SqlStore:
             systems=[_system_row(row) for row in rows],
             modules=[_module_row(names[row.system], row) for row in connection.execute(query)],
             instances=instance_rows.load(connection),
-            held=memory_rows.load(connection, names),
-            requesters=requester_rows.known(connection, names),
+            held=memory_rows.load(connection, schema.seen_keys, names),
+            requesters=requester_rows.known(connection, schema.seen_keys, names),
             claims=claim_rows.load(connection, names),
             clock_gaps=clock_rows.load(connection),
         )
@@ -189,7 +189,7 @@ class SqlStore:
 
     def imported(self, key: str, system: str) -> SystemSnapshot:
         """Return what there is of a system that is being imported, as if it were called so."""
-        names = {key: system}
+        names, keys = {key: system}, schema.key_alone(key)
         table = schema.modules
         modules = sa.select(table).where(table.c.system == key).order_by(table.c.position)
         query = sa.select(schema.systems, *memory_rows.LIMIT_COLUMNS).select_from(memory_rows.with_limits)
@@ -199,8 +199,8 @@ class SqlStore:
             return SystemSnapshot(
                 row,
                 [_module_row(system, module) for module in connection.execute(modules)],
-                memory_rows.load(connection, names),
-                requester_rows.known(connection, names).get(system, []),
+                memory_rows.load(connection, keys, names),
+                requester_rows.known(connection, keys, names).get(system, []),
             )
 
     def show_imported(self, key: str, system: str) -> None:

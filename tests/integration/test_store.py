@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -19,15 +20,18 @@ import sqlalchemy as sa
 from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
 from modpressure.kernel.modules_list import State
 from modpressure.kernel.requesters import Requester, Tally
+from modpressure.kernel.system_memory import Holding
 from modpressure.v1 import call_pb2, ledger_service_pb2
 from stats_svc import schema
 from stats_svc.events import EventFilter, EventLog
 from stats_svc.instance_rows import STEP_INSTANCES
 from stats_svc.rows import (
     Changes,
+    ClaimRow,
     Commit,
     InstanceRow,
     ModuleRow,
+    Retention,
     Segment,
     SegmentKind,
     Snapshot,
@@ -135,6 +139,62 @@ def test_requesters_add_up_are_found_again_and_go_with_a_reset(open_store: Open)
     found = store.stats("default")
     assert found is not None and found[1] == {}
     assert store.stats("other") is None
+
+
+def parameters_of(store: SqlStore, work: Callable[[], object]) -> set[tuple[str, int]]:
+    """Do some work; return its statements, each with how many parameters it had for a row."""
+    statements: set[tuple[str, int]] = set()
+
+    def note(_: object, __: object, statement: str, parameters: Any, ___: object, many: bool) -> None:
+        statements.add((statement, len(parameters[0] if many else parameters)))
+
+    engines = (store._database.writer, store._database.reader)
+    for engine in engines:
+        sa.event.listen(engine, "before_cursor_execute", note)
+    try:
+        work()
+    finally:
+        for engine in engines:
+            sa.event.remove(engine, "before_cursor_execute", note)
+    return statements
+
+
+def test_no_statement_grows_with_what_is_stored(open_store: Open) -> None:
+    store = open_store()
+
+    def fill(*systems: str) -> None:
+        store.commit(created(*systems))
+        for system in systems:
+            delta = SystemDelta(
+                modules={"xfs": entry("xfs", 1, system=system)},
+                held={("instance", 1): Holding(file_bytes=4096)},
+                requesters=defaultdict(Tally, {Requester(1, "udev"): Tally(1)}),
+                claims={"boot": ClaimRow(system, "boot", b"", "instance", 2, settled=False, record=b"")},
+            )
+            store.commit(Commit(10, [Changes(deltas={system: delta})], [InstanceRow(system, "loader", 1, 10)]))
+
+    def keep_house() -> None:
+        for work in (
+            store.sweep,
+            lambda: store.prune_claims(1),
+            lambda: store.prune_instances(1),
+            lambda: store.prune_events(Retention(1, 0, 1)),
+        ):
+            assert not work()
+
+    fill("s0")
+    few = parameters_of(store, store.load), parameters_of(store, keep_house)
+    names = [f"s{number}" for number in range(60)]
+    fill(*names[1:])
+    assert (parameters_of(store, store.load), parameters_of(store, keep_house)) == few
+    found = store.load()
+    of = [[row.system for row in rows] for rows in (found.modules, found.held, found.claims)]
+    assert [sorted(systems) for systems in (*of, found.requesters)] == [sorted(names)] * 4
+    # What users don't see is not loaded.
+    store.commit(Commit(20, [Changes(delete=name) for name in names[1:]], []))
+    found = store.load()
+    of = [[row.system for row in rows] for rows in (found.modules, found.held, found.claims)]
+    assert [*of, [*found.requesters]] == [["s0"]] * 4
 
 
 def test_numbers_are_exact_to_63_bits(open_store: Open) -> None:
