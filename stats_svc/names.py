@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from modpressure.errors import BadRequest, shown
+from modpressure.kernel.autoload import MAX_NAME_BYTES
 from modpressure.v1 import ledger_service_pb2 as pb
 
 MAX_INSTANCE_ID_BYTES: Final = 64
@@ -99,19 +100,30 @@ def check_hello(hello: pb.Hello) -> None:
         raise BadRequest(
             f"{len(hello.live_call_ids)} live modules are more than {MAX_LIVE_CALLS}", field="live_call_ids"
         )
-    if len(hello.instance_id) > MAX_INSTANCE_ID_BYTES or not _PRINTABLE.fullmatch(hello.instance_id):
-        raise BadRequest(
-            f"{shown(hello.instance_id)} is no instance id: 1 to {MAX_INSTANCE_ID_BYTES} printable ASCII characters",
-            field="instance_id",
-        )
+    _check_instance_id(hello.instance_id, "instance_id")
+    for former in hello.former_instance_ids:
+        _check_instance_id(former, "former_instance_ids")
     if len(hello.loader.encode()) > MAX_LOADER_BYTES or not hello.loader.isprintable():
         raise BadRequest(
             f"{shown(hello.loader)} is no name of a loader: at most {MAX_LOADER_BYTES} bytes, printable", field="loader"
         )
     for call in hello.calls:
+        check_system_id(call.system)
         check_inode(call.inode)
         if call.module:
             check_module_name(call.module)
+    for held in hello.requests:
+        check_system_id(held.system)
+        name = held.request.name
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise BadRequest(f"{shown(name)} is longer than {MAX_NAME_BYTES} bytes", field="name")
+
+
+def _check_instance_id(value: str, field: str) -> None:
+    if len(value) > MAX_INSTANCE_ID_BYTES or not _PRINTABLE.fullmatch(value):
+        raise BadRequest(
+            f"{shown(value)} is no instance id: 1 to {MAX_INSTANCE_ID_BYTES} printable ASCII characters", field=field
+        )
 
 
 def is_request_id(value: str) -> bool:

@@ -160,9 +160,16 @@ async def test_a_call_that_ended_in_a_system_that_is_gone_is_not_abandoned_in_th
 @pytest.mark.parametrize(
     ("hello", "message"),
     [
-        (pb.Hello(calls=[pb.CallInFlight(inode="x" * 5000)]), "is longer than 4352 bytes"),
-        (pb.Hello(calls=[pb.CallInFlight(module="two words")]), "'two words' is no name of a module"),
-        (pb.Hello(calls=[pb.CallInFlight(module="x" * 65)]), "is no name of a module"),
+        (pb.Hello(calls=[pb.CallInFlight(system="a", inode="x" * 5000)]), "is longer than 4352 bytes"),
+        (pb.Hello(calls=[pb.CallInFlight(system="a", module="two words")]), "'two words' is no name of a module"),
+        (pb.Hello(calls=[pb.CallInFlight(system="a", module="x" * 65)]), "is no name of a module"),
+        (pb.Hello(calls=[pb.CallInFlight(system="a" * 64)]), "is no system id"),
+        (pb.Hello(requests=[pb.HeldRequest(system="a" * 64)]), "is no system id"),
+        (
+            pb.Hello(requests=[pb.HeldRequest(system="a", request=pb.RequestModule(name="x" * 56))]),
+            "is longer than 55 bytes",
+        ),
+        (pb.Hello(former_instance_ids=["a", "x" * 65]), "is no instance id"),
         (
             pb.Hello(calls=[pb.CallInFlight()] * 60_000, requests=[pb.HeldRequest()] * 40_001),
             "100001 calls in flight are more than 100000",
