@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modpressure.addresses import expand_addresses
 from modpressure.admission import TIME_HEADER
 from modpressure.cli.doctor_machine import Finding, good_until, look_at_machine
-from modpressure.cli.output import print_json, print_text
+from modpressure.cli.output import print_json, print_line
 from modpressure.cli.session import Session, command
 from modpressure.cli.up import LOADER_SERVICE
 from modpressure.cli.up_view import STATS_SERVICE
@@ -44,7 +44,7 @@ async def doctor(session: Session) -> int:
     async for finding in _all(session):
         findings.append(finding)
         if not session.json:
-            print_text(finding.line() + "\n")
+            print_line(finding.line())
     if session.json:
         print_json({"findings": [asdict(finding) for finding in findings]})
     return 0 if all(finding.ok for finding in findings) else 1

@@ -16,7 +16,7 @@ from modpressure.cli.output import (
     duration_text,
     plain,
     print_json,
-    print_text,
+    print_line,
     time_text,
     word_of,
 )
@@ -112,7 +112,7 @@ def _show(session: Session, event: Event) -> None:
     if session.json:
         print_json(plain(event))
     else:
-        print_text(event_line(event) + "\n")
+        print_line(event_line(event))
 
 
 def event_line(event: Event) -> str:
@@ -166,7 +166,7 @@ async def watch(
                 if session.json:
                     print_json(plain(counters))
                 else:
-                    print_text(stats_line(counters) + "\n")
+                    print_line(stats_line(counters))
                 seen += 1
                 if seen == count:
                     return

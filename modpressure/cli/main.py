@@ -41,7 +41,7 @@ from modpressure.cli import (
     verify,
     whatif,
 )
-from modpressure.cli.output import print_json, print_text
+from modpressure.cli.output import print_json, print_text, printable
 from modpressure.cli.session import JSON_HELP, help_of
 from modpressure.errors import BadRequest, ModpressureError
 
@@ -173,7 +173,7 @@ def _fail(sentence: str, code: int) -> int:
 def print_error(text: str) -> None:
     """Print one line on standard error, wherever that leads."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(printable(text) + "\n")
         sys.stderr.flush()
     except BrokenPipeError:
         pass

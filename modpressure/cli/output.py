@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno as errnos
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
@@ -63,6 +64,9 @@ CALL_COLUMNS: Final = ("Module", "Outcome", "Errno", ">File", ">Image", ">Layout
 
 _PLAIN_WIDTH: Final = 200
 """Columns where there is no terminal: enough that nothing is cut or wrapped."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal obeys, but for the tabulators and line ends that texts are made of."""
 
 _64_BITS: Final = frozenset({FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64})
 
@@ -123,20 +127,39 @@ def console(*, stderr: bool = False) -> Console:
     return made
 
 
+def printable(text: str) -> str:
+    """Return a text without a character that a terminal would obey or hide: such are written as Python writes them.
+
+    For what others chose, as names and labels: it stays on its line, and changes nothing on the screen.
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def print_text(text: str) -> None:
-    """Print a text byte for byte."""
+    """Print a text of any number of lines; what a terminal would obey is escaped."""
+    _write(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
+
+
+def print_line(text: str) -> None:
+    """Print one line, whatever is in it."""
+    _write(printable(text) + "\n")
+
+
+def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def print_json(document: Any) -> None:
     """Print one JSON document on one line."""
-    print_text(json.dumps(document, ensure_ascii=False) + "\n")
+    _write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def say(text: str) -> None:
-    """Tell the user something that is no result, on standard error."""
-    sys.stderr.write(text + "\n")
+    """Tell the user something that is no result, in one line on standard error."""
+    sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()
 
 
@@ -147,5 +170,5 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         right = title.startswith(">")
         table.add_column(title.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console().print(table)

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from modpressure.cli.output import OUTCOMES, console, plain, print_table, print_text, word_of
+from modpressure.cli.output import OUTCOMES, console, plain, print_table, print_text, printable, word_of
 from modpressure.storm import StormResult, StormRun
 from modpressure.units import format_bytes
 from modpressure.v1.loader_service_pb2 import Storm, StormProgress, StormReady, StormSummary
@@ -90,7 +90,7 @@ class StormView:
         return total.operations if self._storm.operations else min(now - self._started, self._total)
 
     def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        self._console.print(printable(text), soft_wrap=True)
 
 
 def progress_text(progress: StormProgress) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from modpressure.cli.children import Child, parse_line
+from modpressure.cli.output import printable
 from modpressure.settings import ClientSettings
 from modpressure.settings_sources import variable
 
@@ -81,12 +82,21 @@ def line_printer(quiet: bool) -> Callable[[Child, str], None]:
 
 
 def log_text(line: str) -> str:
-    """Return a line of a structured log for people; any other line as it is."""
+    """Return a line of a structured log for people; any other line as it is, but printable.
+
+    Much in it was chosen by clients, who are not to write lines of their own: values are quoted as by the services'
+    log for terminals, and a stack trace is set off.
+    """
     event = parse_line(line)
     if not event:
-        return line
+        return printable(line)
     time, level, what = (str(event.pop(key, "")) for key in ("timestamp", "level", "event"))
     trace = event.pop("exception", None)
-    rest = " ".join(f"{key}={value}" for key, value in event.items())
-    head = " ".join(part for part in (time[11:19], f"{level:<7}", what, rest) if part)
-    return f"{head}\n{trace}" if trace else head
+    rest = " ".join(f"{key}={_value_text(value)}" for key, value in event.items())
+    head = printable(" ".join(part for part in (time[11:19], f"{level:<7}", what, rest) if part))
+    return "\n    ".join((head, *map(printable, str(trace).split("\n")))) if trace else head
+
+
+def _value_text(value: Any) -> str:
+    text = str(value)
+    return text if text.isprintable() else repr(text)

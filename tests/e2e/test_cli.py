@@ -21,6 +21,7 @@ import pytest
 
 from modpressure.cli.output import plain
 from modpressure.client import Client
+from modpressure.errors import BadRequest
 from modpressure.settings import LoaderSettings
 from tests.e2e.conftest import EXECUTABLE, TIMEOUT_SECONDS, Cli, Done, StartUp, Up, alive, end
 
@@ -444,6 +445,22 @@ def test_up_tells_where_it_is_and_leaves_nothing_behind(start_up: StartUp, small
     # They share what a single one would have taken.
     limits = [int(limit) for limit in re.findall(r"memory_limit_bytes=(\d+)", done.err)]
     assert len(limits) == 2 and sum(limits) <= LoaderSettings().memory_limit_bytes
+
+
+def test_a_client_writes_no_line_of_its_own_among_what_up_prints(start_up: StartUp, small_tree: Path) -> None:
+    up = start_up("--tree", str(small_tree))
+    forged = "x\nstats      12:00:00 error   database is lost"
+
+    async def act(client: Client) -> None:
+        for fields in ({"request_id": forged}, {"system": "\x1b]0;owned\x07\x1b[2J"}):
+            with pytest.raises(BadRequest):
+                await client.load("pcspkr", **fields)
+
+    through_client(up.cli, act)
+    lines = up.stop().err.splitlines()
+    assert r"request_id='x\nstats      12:00:00 error   database is lost'" in "".join(lines)
+    assert r"system='\x1b]0;owned\x07\x1b[2J'" in "".join(lines)
+    assert all(line.isprintable() and not line.startswith("stats      12:00:00") for line in lines)
 
 
 def test_up_keeps_a_database_that_it_is_given(start_up: StartUp, small_tree: Path, tmp_path: Path) -> None:

@@ -318,6 +318,38 @@ def test_a_childs_lines_are_shown_for_people() -> None:
     assert children.parse_line("[1]") == {}
 
 
+def test_what_clients_chose_writes_no_line_and_no_escape_into_a_childs_log() -> None:
+    event = {
+        "event": "rpc failed",
+        "level": "info",
+        "timestamp": "2024-01-02T03:04:05.1Z",
+        "id": "x\nstats",
+        "s": "\x9b2J",
+    }
+    assert up_view.log_text(json.dumps(event)) == r"03:04:05 info    rpc failed id='x\nstats' s='\x9b2J'"
+    event = {"event": "a\rb", "level": "error", "exception": "Traceback:\nError: x\nstats \x1b[2J"}
+    assert up_view.log_text(json.dumps(event)).splitlines()[1:] == [
+        "    Traceback:",
+        "    Error: x",
+        r"    stats \x1b[2J",
+    ]
+    assert up_view.log_text("Warning: \x1b]0;owned\x07") == r"Warning: \x1b]0;owned\x07"
+
+
+def test_what_is_printed_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x\n\x1b]0;owned\x07\u202e\x9b\x7f"
+    output.print_table(("Module",), [(name,)])
+    output.print_line(events.event_line(Event(call=Call(module=name, loader=name))))
+    output.print_text(f"Failed modules:\n\t{name}\n")
+    output.say(name)
+    main([name])
+    out, err = capsys.readouterr()
+    assert (len(out.splitlines()), len(err.splitlines())) == (6, 2)
+    assert not re.search(r"[^\n\t\u202e -~]", out + err)
+    output.print_json({"module": name})
+    assert json.loads(capsys.readouterr().out) == {"module": name}
+
+
 def test_how_a_child_ended() -> None:
     assert children.exit_text(3) == "exit code 3"
     assert children.exit_text(-9) == "signal SIGKILL"
