@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from loader_svc import requests
 from loader_svc.call_memory import File
@@ -26,12 +26,19 @@ from modpressure.kernel.counters import Counters
 from modpressure.v1 import call_pb2, loader_service_pb2
 from modpressure.v1.loader_service_pb2 import Storm as StormMessage
 
+T = TypeVar("T")
+
 MAX_WORKERS: Final = 10_000
 MAX_WORKERS_AT_ONCE: Final = 4 * MAX_WORKERS
 """Of all storms of a loader; each client may have as many as it leaves free."""
 
 MAX_MODULES: Final = 1_000
 MAX_OPERATIONS: Final = 2**53
+MAX_AT_ONCE: Final = 100
+"""Workers that are started, or calls that are sent a signal, in one turn of the event loop. A worker begins its first
+call in its first turn, which takes a tenth of a millisecond, and the loader's other clients and its lease wait for as
+long as all of them take."""
+
 STOP_SECONDS: Final = 5.0
 """How long a stopped storm waits for the calls in flight before it sends them a signal, and then once more before it
 tells what it has counted."""
@@ -45,6 +52,14 @@ PASSING_ERRNOS: Final = frozenset({"", "EEXIST", "EBUSY", "EINTR"})
 async def _first(*futures: asyncio.Future[Any], seconds: float | None = None) -> None:
     """Wait until one of them is done, or for so long."""
     await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:
+    """Yield items, and let others have the event loop after some of them."""
+    for place, item in enumerate(items, 1):
+        yield item
+        if place % MAX_AT_ONCE == 0:
+            await asyncio.sleep(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +134,9 @@ class Storm:
         self._first_error = ""
         self._active_workers = 0
         self._calls: set[LiveCall] = set()
+        self._specs: dict[str, tuple[CallSpec, File]] = {}
+        """Of the files that all workers share."""
+
         self._stopping = asyncio.Event()
         self._stopped_early = False
         self._started_ns = 0
@@ -134,14 +152,15 @@ class Storm:
         # Opens the system, which may be new.
         self._policy = await loader.answer(loader.policy(plan.system, plan.policy))
         ready = loader_service_pb2.StormReady(loader=loader.machine.loader)
+        modules = dict.fromkeys(plan.modules)
         if plan.with_dependencies:
-            for module in plan.modules:
-                ready.dependency_calls.extend(await self._load_dependencies(module))
+            for module in modules:
+                ready.dependency_calls.extend(await self._load_dependencies(module, modules))
         if not plan.keep_loaded:
-            await self._unload(plan.modules)
+            await self._unload(modules)
         return ready
 
-    async def _unload(self, modules: Sequence[str]) -> None:
+    async def _unload(self, modules: Collection[str]) -> None:
         """Unload modules, some of which may use others of them."""
         used = list(modules)
         while used:
@@ -154,11 +173,14 @@ class Storm:
     def _remove(self, module: str, worker: str = "storm") -> Coroutine[Any, Any, call_pb2.Unload]:
         return self._loader.remove(self.plan.system, module, worker)
 
-    async def _load_dependencies(self, module: str) -> list[call_pb2.Call]:
+    async def _load_dependencies(self, module: str, but: Collection[str]) -> list[call_pb2.Call]:
+        """Load what ``module`` depends on, ``but`` the modules of the storm."""
+        # Where there is nothing to load, to look for it is all that is done, and the next module follows at once.
+        await asyncio.sleep(0)
         _, steps = self._loader.steps(module, with_dependencies=True)
         calls: list[call_pb2.Call] = []
         for step in steps:
-            if step.module in self.plan.modules:
+            if step.module in but:
                 continue
             request = loader_service_pb2.LoadModuleRequest(
                 system=self.plan.system,
@@ -175,18 +197,14 @@ class Storm:
         return calls
 
     async def run(self) -> loader_service_pb2.StormSummary:
-        """Start the workers together, and return what it came to once they have ended or been stopped."""
+        """Start the workers, and return what it came to once they have ended or been stopped."""
         plan, loader = self.plan, self._loader
-        policy = self._policy
         peak = loader.machine.meter.begin_peak()
-        start = asyncio.Event()
-        workers = [
-            loader.begin(self._work(start, plan.first_worker + number, policy)) for number in range(plan.workers)
-        ]
         self._active_workers = plan.workers
         self._started_ns = time.monotonic_ns()
-        start.set()
         stop_after = asyncio.ensure_future(self._stop_after(plan.seconds))
+        numbers = range(plan.first_worker, plan.first_worker + plan.workers)
+        workers = [loader.begin(self._work(number)) async for number in _in_turns(numbers)]
         everyone = asyncio.ensure_future(asyncio.wait(workers))
         stopping = asyncio.ensure_future(self._stopping.wait())
         leaving = asyncio.ensure_future(loader.leaving.wait())
@@ -194,8 +212,9 @@ class Storm:
         try:
             await _first(everyone, stopping, leaving, away)
             await _first(everyone, leaving, away, seconds=STOP_SECONDS)
-            for call in list(self._calls):
-                call.interrupt()
+            async for call in _in_turns(list(self._calls)):
+                if call in self._calls:
+                    call.interrupt()
             await _first(everyone, leaving, away, seconds=STOP_SECONDS)
             if leaving.done():
                 await _first(everyone, away, seconds=loader.settle_seconds)
@@ -231,18 +250,16 @@ class Storm:
 
     # --- one worker ---
 
-    async def _work(self, start: asyncio.Event, number: int, policy: int) -> None:
+    async def _work(self, number: int) -> None:
         """Do what one worker does, to its end."""
         plan = self.plan
         worker = f"worker-{number}"
         copy = number + 1 if plan.separate_copies else 0
         try:
-            specs = [self._loader.spec(name, policy=policy, kmod=plan.kmod, copy=copy) for name in plan.modules]
-            await start.wait()
             done = 0
             while not self._is_over():
-                for spec, file in specs:
-                    if self._is_over() or not await self._load_and_unload(spec, file, worker, copy, policy):
+                for module in plan.modules:
+                    if self._is_over() or not await self._load_and_unload(module, worker, copy):
                         return
                 done += 1
                 if plan.once or (plan.operations and done >= plan.operations):
@@ -251,6 +268,18 @@ class Storm:
             self._add_error(str(error))
         finally:
             self._active_workers -= 1
+
+    def _spec(self, module: str, copy: int) -> tuple[CallSpec, File]:
+        """Return what is to be asked of the kernel, made when a worker needs it and kept only where all share it.
+
+        Of all workers and modules together there may be ten million.
+        """
+        found = self._specs.get(module)
+        if found is None:
+            found = self._loader.spec(module, policy=self._policy, kmod=self.plan.kmod, copy=copy)
+            if not copy:
+                self._specs[module] = found
+        return found
 
     def _is_over(self) -> bool:
         """Return whether a worker is to begin no further call. Unavailable if that is because the loader stops."""
@@ -265,9 +294,10 @@ class Storm:
         self._errors += 1
         self._first_error = self._first_error or sentence
 
-    async def _load_and_unload(self, spec: CallSpec, file: File, worker: str, copy: int, policy: int) -> bool:
+    async def _load_and_unload(self, module: str, worker: str, copy: int) -> bool:
         """Load until it succeeds (mode once: once), then unload; return whether the worker is to go on."""
-        plan = self.plan
+        plan, policy = self.plan, self._policy
+        spec, file = self._spec(module, copy)
         while True:
             request = Request(spec, file, plan.system, policy, copy, worker, requester="storm")  # type: ignore[arg-type]
             live_call = LiveCall(self._loader.machine, request)

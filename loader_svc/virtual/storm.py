@@ -134,6 +134,7 @@ class StormRun:
             seed=seed,
         )
         self._files: dict[str, VirtualFile] = {}
+        self._asked: dict[str, tuple[CallSpec, VirtualFile]] = {}
         self._other_files = other_files
         self._outcomes: Counter[tuple[Outcome, str]] = Counter()
         self._operations = 0
@@ -206,11 +207,10 @@ class StormRun:
         storm = self._storm
         worker = f"worker-{number}"
         copy = number + 1 if storm.separate_copies else 0
-        asked = [self._ask(module, copy) for module in storm.modules]
         done = 0
         while not self._is_over():
-            for spec, file in asked:
-                if self._is_over() or not (yield from self._load_and_unload(spec, file, worker)):
+            for module in storm.modules:
+                if self._is_over() or not (yield from self._load_and_unload(module, worker, copy)):
                     return
             done += 1
             if storm.once or (storm.operations and done >= storm.operations):
@@ -219,9 +219,16 @@ class StormRun:
     def _is_over(self) -> bool:
         return self._stop_ns is not None and self.machine.clock.now_ns >= self._stop_ns
 
-    def _load_and_unload(self, spec: CallSpec, file: VirtualFile, worker: str) -> Generator[Any, Any, bool]:
+    def _load_and_unload(self, module: str, worker: str, copy: int) -> Generator[Any, Any, bool]:
         """Load until it succeeds (mode once: once), then unload; return whether the worker is to go on."""
         storm, machine = self._storm, self.machine
+        asked = self._asked.get(module)
+        if asked is None:
+            asked = self._ask(module, copy)
+            # What all workers share is kept; what each has for itself would be as much as workers times modules.
+            if not copy:
+                self._asked[module] = asked
+        spec, file = asked
         while True:
             ending = yield VirtualCall(spec, file, worker=worker)
             self._outcomes[ending.outcome, ending.errno] += 1

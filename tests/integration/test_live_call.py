@@ -8,20 +8,25 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loader_svc import storm
 from loader_svc.call_memory import File
 from loader_svc.catalogue import catalogue_tree
 from loader_svc.ledger_client import LedgerClient
 from loader_svc.live import LiveCall, Machine, Request
+from loader_svc.loader import Loader
 from loader_svc.memory import MemoryBudget, Meter
 from loader_svc.plan import Plans
 from loader_svc.steps import CallSpec
+from loader_svc.storm import Storm
+from loader_svc.trees import open_tree
 from loader_svc.workers import FileWorkers
 from modpressure.kernel.outcome import Syscall
 from modpressure.kernel.policy import V6_3, V6_4, Policy
-from modpressure.v1 import call_pb2
+from modpressure.v1 import call_pb2, loader_service_pb2
 from tests.services import Hand, Process
 
 LIMIT_BYTES = 256 << 20
@@ -74,6 +79,12 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def storm_of(system: str, modules: list[str], **fields: Any) -> loader_service_pb2.Storm:
+    """Return a storm whose workers load each module once."""
+    mode = loader_service_pb2.Storm.MODE_ONCE
+    return loader_service_pb2.Storm(system=system, modules=modules, mode=mode, **fields)
 
 
 def descriptors_of(path: Path) -> int:
@@ -148,3 +159,83 @@ async def test_a_signal_does_not_end_what_need_not_wait(make: Make) -> None:
     call = make()
     call.interrupt()
     assert (await call.run()).outcome == call_pb2.OUTCOME_LIVE
+
+
+@pytest.mark.parametrize("separate_copies", [False, True])
+async def test_a_storm_makes_what_it_asks_when_it_asks_and_lets_others_have_their_turns(
+    machine: Machine, system: str, monkeypatch: pytest.MonkeyPatch, separate_copies: bool
+) -> None:
+    loader = Loader(machine, open_tree(catalogue_tree("plain")), kmod=34)
+    modules, workers = ["crc16", "minix", "libcrc32c"], 1_000
+    asked = storm_of(system, modules, workers=workers, separate_copies=separate_copies)
+    specs, begun, ahead, in_a_turn = 0, 0, 0, 0
+
+    def spec(name: str, **fields: Any) -> Any:
+        nonlocal specs
+        specs += 1
+        return Loader.spec(loader, name, **fields)
+
+    class Counted(LiveCall):
+        async def run(self) -> call_pb2.Call:
+            nonlocal begun, ahead
+            begun += 1
+            ahead = max(ahead, specs - begun)
+            return await super().run()
+
+    async def probe() -> None:
+        nonlocal in_a_turn
+        before = 0
+        while True:
+            in_a_turn, before = max(in_a_turn, begun - before), begun
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(loader, "spec", spec)
+    monkeypatch.setattr(storm, "LiveCall", Counted)
+    asking = Storm(loader, asked)
+    await asking.prepare()
+    probing = asyncio.ensure_future(probe())
+    summary = await asking.run()
+    probing.cancel()
+    assert (summary.calls, summary.errors) == (workers * len(modules), 0)
+    assert ahead <= 0
+    assert specs == (workers * len(modules) if separate_copies else len(modules))
+    # Those that are started, and those that a commit has answered.
+    assert in_a_turn < workers / 2
+
+
+async def test_a_storm_that_is_stopped_sends_its_signals_in_turns(
+    machine: Machine, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(machine, open_tree(catalogue_tree("plain")), kmod=34)
+    workers, signals, most = 1_000, 0, 0
+    interrupt = LiveCall.interrupt
+
+    def counted(call: LiveCall) -> None:
+        nonlocal signals
+        signals += 1
+        monkeypatch.setattr(storm, "STOP_SECONDS", 30)
+        interrupt(call)
+
+    async def probe() -> None:
+        nonlocal most
+        before = 0
+        while True:
+            most, before = max(most, signals - before), signals
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(LiveCall, "interrupt", counted)
+    # Nothing ends by itself, and all by a signal.
+    monkeypatch.setattr(storm, "STOP_SECONDS", 0)
+    asking = Storm(loader, storm_of(system, ["crc16"], workers=workers))
+    await asking.prepare()
+    await machine.budget.take(LIMIT_BYTES, "all")
+    running = asyncio.ensure_future(asking.run())
+    await until(lambda: len(machine.budget._queue) == workers)
+    probing = asyncio.ensure_future(probe())
+    asking.stop()
+    summary = await running
+    probing.cancel()
+    assert [(each.errno, each.count) for each in summary.outcomes] == [("EINTR", workers)]
+    assert signals == workers
+    assert most <= storm.MAX_AT_ONCE
+    machine.budget.give(LIMIT_BYTES)
