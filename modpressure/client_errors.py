@@ -65,6 +65,9 @@ _CLASSES: Final[dict[Any, type[ModpressureError]]] = {
 
 _BY_NUMBER: Final = {code.value[0]: error for code, error in _CLASSES.items()}
 
+REFUSED: Final = ("connection refused", "no such file or directory")
+"""Reasons for which nobody listens at an address, of the network and of a socket of this machine."""
+
 _HANDSHAKE: Final = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not believed",
     "Hostname Verification Check failed": "its certificate is for another name",
@@ -116,7 +119,7 @@ def error_of(error: Any, service: str, address: str, timeout_seconds: float | No
     if code in _CLASSES and (is_ours or code is not grpc.StatusCode.UNAVAILABLE):
         return _CLASSES[code](details or f"{service} at {address} answered {code.name}", field=field)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return NoAnswer(f"no answer from {service} at {address}: {_reason(details)}")
+        return NoAnswer(f"no answer from {service} at {address}: {reason_of(details)}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = f" within {timeout_seconds:g} s" if timeout_seconds else " in time"
         return TimedOut(f"{service} at {address} did not answer{within}")
@@ -148,8 +151,11 @@ def _error_info(error: Any) -> tuple[bool, str, float | None]:
     return is_ours, field, retry_seconds
 
 
-def _reason(details: str) -> str:
-    """Return the last link of gRPC's chain of reasons, such as "connection refused", and what it means."""
+def reason_of(details: str) -> str:
+    """Return why there is no connection, from the details of UNAVAILABLE.
+
+    The last link of gRPC's chain of reasons, such as "connection refused", and what it means.
+    """
     chain = _TRAILING_OK.sub("", _TRAILING_ERRNO.sub("", _one_line(details)))
     last = chain.rpartition(": ")[2].rstrip(".")
     reason = last[:1].lower() + last[1:] if last else "it is not reachable"

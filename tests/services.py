@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,34 @@ class Process:
 
 
 Launch = Callable[..., Process]
+
+
+@contextlib.contextmanager
+def launching(state_home: Path) -> Iterator[Launch]:
+    """Give what starts ``python -m`` with arguments; at the end all are stopped, and none may have crashed."""
+    processes: list[Process] = []
+    # What a developer has set must not change what is tested.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MODPRESSURE_")}
+    environment["XDG_STATE_HOME"] = str(state_home)
+
+    def start(*arguments: str) -> Process:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", *arguments, "--log-format", "json"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        process = Process(popen)
+        processes.append(process)
+        process.start()
+        return process
+
+    yield start
+    ends = [(process.stop(), process.status) for process in reversed(processes)]
+    logged = "".join(line for process in processes for line in process.lines)
+    assert all(end in (status, -signal.SIGKILL) for end, status in ends), logged
+    assert "Traceback" not in logged, logged
 
 
 class Hand:

@@ -21,6 +21,7 @@ from modpressure.cli.output import print_json, print_line
 from modpressure.cli.session import Session, command
 from modpressure.cli.up import LOADER_SERVICE
 from modpressure.cli.up_view import STATS_SERVICE
+from modpressure.client_errors import REFUSED, NoAnswer, error_of, reason_of
 from modpressure.errors import Forbidden, ModpressureError, Unauthenticated
 from modpressure.grpc_server import split_address
 from modpressure.loopback import is_socket
@@ -64,8 +65,8 @@ async def _all(session: Session) -> AsyncIterator[Finding]:
         stats = await _health(session, "stats_svc", address, STATS_SERVICE)
         yield stats
         is_well = is_well or stats.ok
-        if session.tls is not None:
-            yield await asyncio.to_thread(_certificate, session, address)
+        if session.tls is not None and (certificate := await asyncio.to_thread(_certificate, session, address)):
+            yield certificate
     if is_well:
         yield await _door(session)
     try:
@@ -75,29 +76,34 @@ async def _all(session: Session) -> AsyncIterator[Finding]:
         return
     for address in loaders:
         yield await _health(session, "loader_svc", address, LOADER_SERVICE)
-        if session.tls is not None:
-            yield await asyncio.to_thread(_certificate, session, address)
+        if session.tls is not None and (certificate := await asyncio.to_thread(_certificate, session, address)):
+            yield certificate
 
 
 async def _health(session: Session, what: str, address: str, service: str) -> Finding:
     """Ask a service whether it is well."""
-    name = f"{what} at {address}"
+    name, setting = f"{what} at {address}", "stats" if service == STATS_SERVICE else "loaders"
     async with open_channel(address, session.tls) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             begun = time.time()
-            call = stub.Check(
-                health_pb2.HealthCheckRequest(service=service), timeout=_TRIES_SECONDS, wait_for_ready=True
-            )
+            call = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=_TRIES_SECONDS)
             answer = await call
             skew_seconds = _skew_seconds(await call.trailing_metadata(), begun, time.time())
         except grpc.aio.AioRpcError as error:
-            how = "start it: modpressure up, or see the setting for its address"
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return Finding(name, False, "another service answers there", "give the right address")
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return Finding(name, False, f"no answer within {_TRIES_SECONDS:g} s", how)
-            return Finding(name, False, f"no answer: {error.details()}", how)
+                return Finding(name, False, f"no answer within {_TRIES_SECONDS:g} s", f"see the setting {setting}")
+            meant = error_of(error, what, address)
+            if not isinstance(meant, NoAnswer):
+                return Finding(name, False, meant.sentence)
+            reason = reason_of(error.details() or "")
+            if reason in REFUSED:
+                how = f"start it: modpressure up, or see the setting {setting}"
+            else:
+                how = f"see the settings {setting}, ca, cert, key"
+            return Finding(name, False, f"no answer: {reason}", how)
     if abs(skew_seconds) > MAX_SKEW_SECONDS:
         ahead = "ahead of" if skew_seconds > 0 else "behind"
         text = f"its clock is {abs(skew_seconds):.0f} s {ahead} this machine's"
@@ -133,8 +139,8 @@ async def _door(session: Session) -> Finding:
     return Finding("system", True, f"{system!r} has counted {stats.calls} calls")
 
 
-def _certificate(session: Session, address: str) -> Finding:
-    """Look how long the certificate of a service is good."""
+def _certificate(session: Session, address: str) -> Finding | None:
+    """Look how long the certificate of a service is good; None if there is no connection, as said already."""
     settings, what = session.settings, f"certificate of {address}"
     if is_socket(address):
         return Finding(what, True, "it is a socket of this machine")
@@ -148,6 +154,11 @@ def _certificate(session: Session, address: str) -> Finding:
             context.wrap_socket(plain, server_hostname=host) as encrypted,
         ):
             shown: Any = encrypted.getpeercert()
-    except (OSError, ssl.SSLError) as error:
-        return Finding(what, False, f"no TLS: {error}", "see the settings ca, cert, key")
+    except ssl.SSLCertVerificationError as error:
+        return Finding(what, False, f"not believed: {error.verify_message}", "see the setting ca")
+    except ssl.SSLError as error:
+        reason = (error.reason or "no handshake").lower().replace("_", " ")
+        return Finding(what, False, f"no TLS: {reason}", "see the settings ca, cert, key")
+    except OSError:
+        return None
     return good_until(what, "it", datetime.fromtimestamp(ssl.cert_time_to_seconds(shown["notAfter"]), UTC))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from loader_svc.catalogue import catalogue_tree
+from tests.services import Launch, launching
 
 EXECUTABLE = Path(sysconfig.get_path("scripts")) / "modpressure"
 TIMEOUT_SECONDS = 90
@@ -171,6 +172,13 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
     yield up_in(tmp_path, started)
     for up in started:
         up.stop()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start single services that end with the test."""
+    with launching(tmp_path / "state") as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

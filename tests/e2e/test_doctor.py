@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import pytest
 
 from modpressure.admission import TIME_HEADER
 from modpressure.cli.doctor import _skew_seconds
+from modpressure.client import Client
+from modpressure.client_errors import NoAnswer
+from modpressure.tls import ClientTls
 from modpressure.tokens import Role, entry, new_token
 from tests.certificates import Authority
 from tests.e2e.conftest import Cli, Up
+from tests.services import Launch
 
 
 def problems(text: str) -> list[str]:
@@ -111,6 +117,47 @@ def test_a_certificate_that_nobody_would_believe_is_named(machine: Up, tmp_path:
     cli = with_settings(machine.cli, stats_tls_cert=str(pair.cert), stats_tls_key=str(pair.cert))
     line = said_of("own certificates", cli("doctor").out)
     assert line.startswith(f"problem  own certificates: {pair.cert} and {pair.cert} make no certificate and key")
+
+
+def test_no_answer_is_told_as_any_command_tells_it(machine: Up, launch: Launch, tmp_path: Path) -> None:
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    pair = authority.sign("server")
+    stats = launch(
+        *("stats_svc", "--listen", "127.0.0.1:0", "--database", str(tmp_path / "tls.sqlite3")),
+        *("--tls-cert", str(pair.cert), "--tls-key", str(pair.key)),
+    )
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+
+    def no_answer(ca: Path | None, *services: str) -> str:
+        """Return what doctor says of stats_svc and a loader, each as any command does, and of nobody but them."""
+        settings = {"client_ca": str(ca)} if ca else {}
+        cli = with_settings(machine.cli, client_stats=services[0], client_loaders=services[-1], **settings)
+        out = cli("doctor").out
+        for what, address in zip(("stats_svc", "loader_svc"), services, strict=False):
+            reason, _, remedy = said_of(f"{what} at {address}", out).partition("no answer: ")[2].partition("; ")
+            assert reason == why_not(address, ca)
+            assert ("start it" in remedy) == (address == nobody)
+        return out
+
+    def why_not(address: str, ca: Path | None) -> str:
+        async def ask() -> str:
+            async with Client(stats=address, tls=ClientTls(ca) if ca else None) as client:
+                with pytest.raises(NoAnswer) as raised:
+                    await client.stats("default")
+            return raised.value.sentence.partition(f" {address}: ")[2]
+
+        return asyncio.run(ask())
+
+    assert "wants TLS" in no_answer(None, stats.address, nobody)
+    plain = machine.cli.environment["MODPRESSURE_CLIENT_STATS"]
+    out = no_answer(stranger.cert, stats.address, plain)
+    line = said_of(f"certificate of {stats.address}", out)
+    assert line.endswith("not believed: unable to get local issuer certificate; see the setting ca")
+    assert said_of(f"certificate of {plain}", out).endswith(
+        "no TLS: wrong version number; see the settings ca, cert, key"
+    )
+    assert "certificate of 127" not in no_answer(authority.cert, nobody), "nothing that was not said already"
 
 
 def test_a_clock_that_goes_wrong_is_noticed(machine: Up) -> None:

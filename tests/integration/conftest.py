@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -18,48 +14,20 @@ from loader_svc.trees.debian import DebianKernel, DebianUnavailable, fetch_debia
 from modpressure.v1.call_pb2 import Event
 from stats_svc import events
 from stats_svc.rows import StoredSegment
-from tests.services import Hand, Launch, Process
-
-
-@contextlib.contextmanager
-def _launching(state_home: Path) -> Iterator[Launch]:
-    """Give what starts ``python -m`` with arguments; at the end all are stopped, and none may have crashed."""
-    processes: list[Process] = []
-    # What a developer has set must not change what is tested.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MODPRESSURE_")}
-    environment["XDG_STATE_HOME"] = str(state_home)
-
-    def start(*arguments: str) -> Process:
-        popen = subprocess.Popen(
-            [sys.executable, "-m", *arguments, "--log-format", "json"],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        process = Process(popen)
-        processes.append(process)
-        process.start()
-        return process
-
-    yield start
-    ends = [(process.stop(), process.status) for process in reversed(processes)]
-    logged = "".join(line for process in processes for line in process.lines)
-    assert all(end in (status, -signal.SIGKILL) for end, status in ends), logged
-    assert "Traceback" not in logged, logged
+from tests.services import Hand, Launch, Process, launching
 
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start services that end with the test."""
-    with _launching(tmp_path / "state") as start:
+    with launching(tmp_path / "state") as start:
         yield start
 
 
 @pytest.fixture(scope="session")
 def launch_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """Start services that all tests share; each test has a system of its own on them."""
-    with _launching(tmp_path_factory.mktemp("state")) as start:
+    with launching(tmp_path_factory.mktemp("state")) as start:
         yield start
 
 
