@@ -56,6 +56,9 @@ from stats_svc.system_file import FileRows
 _ZSTD_LEVEL: Final = 1
 """Events shrink to a quarter, in less time than writing the rest would take; higher levels gain next to nothing."""
 
+_LOAD_ROWS: Final = 1000
+"""Rows that are fetched at once when all is loaded."""
+
 _MODULE_COLUMNS: Final = tuple(column.name for column in schema.modules.columns)
 
 
@@ -138,19 +141,24 @@ class SqlStore:
             return self._snapshot(connection)
 
     def _snapshot(self, connection: Connection) -> Snapshot:
+        # Row by row: while all of them were made what they are here, PostgreSQL would see a transaction that is idle.
+        connection.execution_options(yield_per=_LOAD_ROWS)
         newest = connection.scalars(self._statements.newest_segments).all()
         # Segments may be gone, by a reset, that an instance is still compared with.
         compared = connection.scalar(sa.select(sa.func.max(schema.instances.c.first_segment)))
         self._next_segment = 1 + max([0, compared or 0, *(n for n in newest if n)])
         # Whatever was being imported is not: its rows may have been taken for left behind meanwhile.
         self._imported.clear()
-        rows = connection.execute(self._statements.systems).all()
-        self._keys = {row.name: row.id for row in rows}
+        self._keys = {}
+        systems = []
+        for row in connection.execute(self._statements.systems):
+            self._keys[row.name] = row.id
+            systems.append(_system_row(row))
         names = {key: name for name, key in self._keys.items()}
         modules = schema.modules
         query = sa.select(modules).where(modules.c.system.in_(schema.seen_keys)).order_by(modules.c.position)
         return Snapshot(
-            systems=[_system_row(row) for row in rows],
+            systems=systems,
             modules=[_module_row(names[row.system], row) for row in connection.execute(query)],
             instances=instance_rows.load(connection),
             held=memory_rows.load(connection, schema.seen_keys, names),

@@ -19,7 +19,7 @@ from modpressure.v1 import call_pb2, ledger_service_pb2
 from modpressure.v1.stats_service_pb2 import ListEventsRequest
 from stats_svc.ages import Ages
 from stats_svc.database import STEP_PAGES
-from stats_svc.event_rows import STEP_SEGMENTS
+from stats_svc.event_rows import STEP_SEGMENTS, STEP_SYSTEMS
 from stats_svc.events import EventLog
 from stats_svc.housekeeping import Housekeeping
 from stats_svc.ledger import Ledger
@@ -55,7 +55,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqlStore]:
         yield store
 
 
-def add(store: SqlStore, first: int, count: int, *, time_ns: int, instance: str = "") -> None:
+def add(store: SqlStore, first: int, count: int, *, time_ns: int, instance: str = "", system: str = "default") -> None:
     """Commit events of which each has a call, as the last word of a loader process if one is named."""
     segment = Segment(SegmentKind.EVENTS, first, count)
     for number in range(first, first + count):
@@ -64,11 +64,11 @@ def add(store: SqlStore, first: int, count: int, *, time_ns: int, instance: str 
         )
     delta = SystemDelta(counters=Counters(calls=count), events=count, first_event_id=first, segments=[segment])
     instances = [InstanceRow(instance, "l", 1, time_ns)] if instance else []
-    store.commit(Commit(time_ns, [Changes(deltas={"default": delta})], instances))
+    store.commit(Commit(time_ns, [Changes(deltas={system: delta})], instances))
 
 
-def spans(store: SqlStore) -> list[tuple[int, int]]:
-    found = store.segments("default", newest=False, limit=1000)
+def spans(store: SqlStore, system: str = "default") -> list[tuple[int, int]]:
+    found = store.segments(system, newest=False, limit=1000)
     return [(segment.first_event_id, segment.last_event_id) for segment in found]
 
 
@@ -147,6 +147,24 @@ def test_nothing_is_kept_for_a_process_that_cannot_come_back(store: SqlStore) ->
     while store.prune_events(ALL_GO):
         pass
     assert spans(store) == [(11, 20), (21, 30)]
+
+
+@pytest.mark.parametrize("retention", [ALL_GO, Retention(0, LATER_NS, LATER_NS)], ids=["number", "age"])
+def test_systems_all_of_which_is_kept_hold_up_no_other(store: SqlStore, retention: Retention) -> None:
+    """A step takes something of a few systems, so it must pass those by of which nothing goes."""
+    needed = [f"a{number}" for number in range(2 * STEP_SYSTEMS)]
+    others = [f"b{number}" for number in range(2 * STEP_SYSTEMS)]
+    store.commit(Commit(1, [Changes(create=SystemRow(name, 2, create_time_ns=5)) for name in needed + others], []))
+    for number, name in enumerate(needed):
+        add(store, 1, 1, time_ns=FRESH_NS + number, instance=name, system=name)
+        add(store, 2, 1, time_ns=LATER_NS, system=name)
+    for name in others:
+        for first in (1, 2):
+            add(store, first, 1, time_ns=FRESH_NS + first + len(needed), system=name)
+    while store.prune_events(retention):
+        pass
+    assert [spans(store, name) for name in needed] == [[(1, 1), (2, 2)]] * len(needed)
+    assert [len(spans(store, name)) for name in others] == [retention.events] * len(others)
 
 
 def test_each_step_takes_some_and_says_whether_there_is_more(store: SqlStore) -> None:
