@@ -190,7 +190,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=self._interceptors, options=(*_OPTIONS, *self._limits.channel_arguments())
         )
-        parsing: Any = ParsingServer(self._server)
+        parsing: Any = ParsingServer(self._server, self._limits.parsed_bytes)
         for servicer, add_to_server, _ in self._servicers:
             add_to_server(servicer, parsing)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, parsing)

@@ -15,6 +15,12 @@ PENDING_FOR_EACH: Final = 4
 """RPCs that may wait to be looked at, for each one that may be carried out at once; they take some 10 KiB each."""
 
 
+PARSED_FACTOR: Final = 4
+"""What a message may take in memory once it is parsed, in lengths of the longest. What our own programs send takes at
+most two thirds of that: batches of a loader's calls with thousands of imported symbols each, and the hello of one that
+has as many calls and live modules as it may."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a server grants; the settings of a service have the same names and defaults."""
@@ -57,6 +63,11 @@ class Limits:
 
     ping_seconds: float = 10
     """Least time between two pings of a client; who goes on pinging more often is cut off (too_many_pings)."""
+
+    @property
+    def parsed_bytes(self) -> int:
+        """The most that a message may take in memory once it is parsed."""
+        return PARSED_FACTOR * self.message_bytes
 
     def channel_arguments(self) -> Sequence[tuple[str, int]]:
         """Return them as gRPC's core takes them (grpc/impl/channel_arg_names.h), as far as it knows them."""

@@ -44,7 +44,11 @@ class ServiceSettings(Settings):
         description="TOML file of the tokens that are let in, see modpressure token; it may be changed at any time.",
         json_schema_extra={"default_text": "anybody is let in"},
     )
-    message_limit: Bytes = Field("16MiB", description="Longest message, in either direction: bytes, 16MiB, 1G.")
+    message_limit: Bytes = Field(
+        "16MiB",
+        description="Longest message, in either direction: bytes, 16MiB, 1G. A request that would take more than four"
+        " times that in memory, because it has many small parts, is answered RESOURCE_EXHAUSTED.",
+    )
     metadata_limit: Bytes = Field("16KiB", description="Most metadata (headers) of one RPC: bytes, 16KiB.")
     connection_limit: SomeNumber = Field(
         4096,

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from grpc_status import rpc_status
 
+from fuzz.wire import varint
 from modpressure.client import Client
 from modpressure.errors import Overloaded
 from modpressure.tls import open_channel
@@ -96,6 +97,38 @@ async def test_what_is_too_long_is_refused_and_what_is_not_is_served(start: Star
         long = (("x-long", "x" * 8000),)
         await refused(stub.GetStats(pb.GetStatsRequest(), metadata=long), grpc.StatusCode.RESOURCE_EXHAUSTED)
         await stub.GetStats(pb.GetStatsRequest(), metadata=(("x-short", "x" * 1000),))
+
+
+async def test_what_would_take_too_much_memory_when_it_is_parsed_is_not_parsed(
+    start: Start, launch: Launch, system: str
+) -> None:
+    limit = ("--message-limit", "1MiB")
+    stats = start(message_limit="1MiB")
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address, *limit)
+    hello = ledger_pb.ConnectRequest(hello=ledger_pb.Hello(instance_id="many-parts", loader="x")).SerializeToString()
+    # Two bytes each: an operation in a batch, a request, a module of a storm.
+    count = 400_000
+    batch = b"\x12" + varint(2 * count) + b"\x12\0" * count
+    storm = b"\x0a" + varint(2 * count) + b"\x12\0" * count
+    for address, method, messages in (
+        (stats.address, "LedgerService/Connect", [hello, batch]),
+        (loader.address, "LoaderService/LoadModules", [b"\x0a\0" * count]),
+        (loader.address, "LoaderService/RunStorm", [storm]),
+    ):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stream = channel.stream_stream(f"/modpressure.v1.{method}")()
+            for message in messages[:-1]:
+                await stream.write(message)
+                assert await stream.read()
+            await stream.write(messages[-1])
+            assert await stream.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await stream.details() == (
+                f"what was sent to {method}, {len(messages[-1])} bytes, has so many parts that it would take more than"
+                f" {4 << 20} bytes of memory, 4 times the message_limit"
+            )
+    # Both go on.
+    async with Client([loader.address], stats.address) as client:
+        assert not (await client.load("minix", system=system)).call.errno
 
 
 async def test_rpcs_beyond_the_streams_of_a_connection_wait_their_turn(start: Start) -> None:
