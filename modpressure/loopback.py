@@ -19,6 +19,21 @@ def is_socket(address: str) -> bool:
     return address.startswith(("unix:", "unix-abstract:"))
 
 
+def from_here(listen: str) -> str:
+    """Return where this machine reaches a server on ``listen``: on the loopback, if it listens on all addresses.
+
+    These are no address to call, and no certificate is for them.
+    """
+    host, _, port = listen.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return listen
+    if not address.is_unspecified:
+        return listen
+    return f"127.0.0.1:{port}" if address.version == 4 else f"[::1]:{port}"
+
+
 def is_local(listen: str) -> bool:
     """Return whether only this machine reaches a server on ``listen``, HOST:PORT or unix:PATH.
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from modpressure.limits import Limits
 from modpressure.loopback import is_local
 from modpressure.setting_types import Bytes, File, LogFormat, LogLevel, Seconds, SomeNumber, SomeSeconds
-from modpressure.settings_sources import BadSetting, Settings
+from modpressure.settings_sources import BadSetting, Settings, variable
 from modpressure.units import parse_bytes
 
 
@@ -131,7 +131,8 @@ class ServiceSettings(Settings):
         listen: str = self.listen  # type: ignore[attr-defined]
         if self.tls_cert is None and not self.insecure and not is_local(listen):
             raise BadSetting(
-                f"{listen!r} can be reached from other machines: give --tls-cert and --tls-key, or --insecure to do "
-                "without TLS",
+                f"{listen!r} can be reached from other machines: set tls_cert and tls_key"
+                f" ({variable(type(self), 'tls_cert')}, {variable(type(self), 'tls_key')}), or give --insecure to do"
+                " without TLS",
                 field="listen",
             )

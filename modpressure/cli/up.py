@@ -22,8 +22,11 @@ from modpressure.cli.output import POLICIES, PolicyWord, print_json, print_text,
 from modpressure.cli.session import Session, command, whole_number
 from modpressure.cli.up_view import STATS_SERVICE, Running, announcement, line_printer
 from modpressure.client import Client
+from modpressure.client_errors import error_of
 from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotNow
-from modpressure.settings import LoaderSettings, StatsSettings, load_settings
+from modpressure.loopback import from_here
+from modpressure.settings import ClientSettings, LoaderSettings, StatsSettings, load_settings
+from modpressure.settings_sources import BadSetting, Settings, variable
 from modpressure.tls import ClientTls, open_channel
 
 LOADER_SERVICE: Final = "modpressure.v1.LoaderService"
@@ -119,7 +122,8 @@ async def up(
     are stopped, and the exit code is 1. With --json the addresses are one JSON document on standard output.
 
     The loaders share the memory limit that a single one would have. Other settings of the services are read from
-    MODPRESSURE_STATS_* and MODPRESSURE_LOADER_* variables or from the settings file.
+    MODPRESSURE_STATS_* and MODPRESSURE_LOADER_* variables or from the settings file, those of TLS, too, such as
+    MODPRESSURE_STATS_TLS_CERT. With --host 0.0.0.0 whoever is on this machine uses 127.0.0.1.
 
     Examples:
       modpressure up
@@ -137,6 +141,7 @@ async def up(
         stats_settings = load_settings(StatsSettings, listening, session.config)
         for settings in (loader_settings, stats_settings):
             settings.check()
+        _check_tls(stats_settings, loader_settings, session.settings)
         limit_bytes = max(1, loader_settings.memory_limit_bytes // loaders)
         # A loader may take its grace twice: for its clients, and then for the calls that these have left behind.
         stop_seconds = max(2 * loader_settings.grace_seconds, stats_settings.grace_seconds) + STOP_MARGIN_SECONDS
@@ -149,6 +154,20 @@ async def up(
                 await asyncio.shield(children.stop())
                 if ready_file is not None:
                     ready_file.unlink(missing_ok=True)
+
+
+def _check_tls(stats: StatsSettings, loader: LoaderSettings, client: ClientSettings) -> None:
+    """Return if all talk TLS to each other, or none does; else they would wait for each other for ever. BadSetting."""
+    asked: list[tuple[Settings, str]] = [
+        *((stats, "tls_cert"), (stats, "tls_key"), (loader, "tls_cert"), (loader, "tls_key")),
+        *((loader, "stats_ca"), (client, "ca")),
+    ]
+    there = [variable(type(settings), name) for settings, name in asked if getattr(settings, name)]
+    missing = [variable(type(settings), name) for settings, name in asked if not getattr(settings, name)]
+    if there and missing:
+        raise BadSetting(
+            f"{there[0]} asks for TLS, for which {', '.join(missing)} must be set, too (or be in the settings file)"
+        )
 
 
 @contextlib.contextmanager
@@ -210,15 +229,15 @@ async def _start(session: Session, plan: Plan, children: Children) -> Running:
     """Start all and wait until they are well."""
     tls = session.tls
     stats = await children.start("stats", plan.stats_arguments())
-    stats_address = await stats.address
+    stats_address = from_here(await stats.address)
     started = [
         await children.start(f"loader-{index}", plan.loader_arguments(index, stats_address))
         for index in range(1, plan.loaders + 1)
     ]
-    addresses = [await loader.address for loader in started]
+    addresses = [from_here(await loader.address) for loader in started]
     await asyncio.gather(
-        _until_well(stats_address, STATS_SERVICE, tls),
-        *(_until_well(address, LOADER_SERVICE, tls) for address in addresses),
+        _until_well("stats_svc", stats_address, STATS_SERVICE, tls),
+        *(_until_well("loader_svc", address, LOADER_SERVICE, tls) for address in addresses),
     )
     if plan.policy:
         await _set_policy(session, stats_address, plan.policy)
@@ -226,17 +245,17 @@ async def _start(session: Session, plan: Plan, children: Children) -> Running:
     return Running(stats_address, addresses, plan.database, pids)
 
 
-async def _until_well(address: str, service: str, tls: ClientTls | None) -> None:
-    """Wait until the health service at ``address`` says that ``service`` can do its work."""
+async def _until_well(what: str, address: str, service: str, tls: ClientTls | None) -> None:
+    """Wait until the health service at ``address``, which listens, says that ``service`` can do its work."""
     async with open_channel(address, tls) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            async for response in stub.Watch(request, wait_for_ready=True):
+            async for response in stub.Watch(request):
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
         except grpc.aio.AioRpcError as error:
-            raise ModpressureError(f"the service at {address} does not tell its health: {error.details()}") from error
+            raise error_of(error, what, address) from error
 
 
 async def _set_policy(session: Session, stats: str, policy: PolicyWord) -> None:
@@ -268,4 +287,4 @@ def _announce(session: Session, running: Running, ready_file: Path | None) -> No
     if session.json:
         print_json(running.document())
     else:
-        print_text(announcement(running))
+        print_text(announcement(running, session.tls))

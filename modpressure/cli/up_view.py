@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from modpressure.cli.children import Child, parse_line
 from modpressure.cli.output import printable
 from modpressure.settings import ClientSettings
 from modpressure.settings_sources import variable
+from modpressure.tls import ClientTls
 
 STATS_SERVICE: Final = "modpressure.v1.StatsService"
 
@@ -34,8 +36,8 @@ class Running:
         return {"stats": self.stats, "loaders": self.loaders, "database": self.database, "pids": self.pids}
 
 
-def announcement(running: Running) -> str:
-    """Return what a user has to know about what runs."""
+def announcement(running: Running, tls: ClientTls | None = None) -> str:
+    """Return what a user has to know about what runs, and talks ``tls``."""
     lines = [
         f"stats_svc   {running.stats}",
         *(f"loader_svc  {address}" for address in running.loaders),
@@ -48,10 +50,14 @@ def announcement(running: Running) -> str:
         lines.append(f"  export {variable(ClientSettings, 'stats')}={running.stats}")
     if running.loaders != defaults.loaders:
         lines.append(f"  export {variable(ClientSettings, 'loaders')}={','.join(running.loaders)}")
+    files = {"ca": tls.ca, "cert": tls.cert, "key": tls.key} if tls else {}
+    said = {name: shlex.quote(str(file.absolute())) for name, file in files.items() if file}
+    lines += [f"  export {variable(ClientSettings, name)}={file}" for name, file in said.items()]
+    how = " ".join(f"-{name.replace('ca', 'cacert')} {file}" for name, file in said.items()) or "-plaintext"
     lines += [
         "  modpressure storm --workers 100 --module xfs",
         "  modpressure report",
-        f"  grpcurl -plaintext {running.stats} {STATS_SERVICE}/GetReport | jq -r .text",
+        f"  grpcurl {how} {running.stats} {STATS_SERVICE}/GetReport | jq -r .text",
         "",
         "Ctrl-C stops all of them.",
     ]

@@ -14,6 +14,8 @@ import sqlite3
 import subprocess
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ from modpressure.cli.output import plain
 from modpressure.client import Client
 from modpressure.errors import BadRequest
 from modpressure.settings import LoaderSettings
+from tests.certificates import Authority
 from tests.e2e.conftest import EXECUTABLE, TIMEOUT_SECONDS, Cli, Done, StartUp, Up, alive, end
 
 T = TypeVar("T")
@@ -461,6 +464,41 @@ def test_a_client_writes_no_line_of_its_own_among_what_up_prints(start_up: Start
     assert r"request_id='x\nstats      12:00:00 error   database is lost'" in "".join(lines)
     assert r"system='\x1b]0;owned\x07\x1b[2J'" in "".join(lines)
     assert all(line.isprintable() and not line.startswith("stats      12:00:00") for line in lines)
+
+
+def test_up_with_tls_on_all_addresses_tells_where_this_machine_reaches_it(
+    cli: Cli, small_tree: Path, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.sign("server")
+    tls = {
+        f"{section}_TLS_{name.upper()}": str(file)
+        for section in ("STATS", "LOADER")
+        for name, file in asdict(pair).items()
+    }
+    tls |= {"LOADER_STATS_CA": str(authority.cert), "CLIENT_CA": str(authority.cert)}
+    cli.environment.update({f"MODPRESSURE_{name}": value for name, value in tls.items()})
+    up = ("up", "--host", "0.0.0.0", "--port", "0", "--tree", str(small_tree))
+    process = cli.start(*up, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    said = list(takewhile(lambda line: not line.startswith("Ctrl-C"), process.stdout))
+    process.send_signal(signal.SIGINT)
+    assert end(process).code == 130
+    assert [re.sub("[0-9]+$", "", line.rstrip()) for line in said[:2]] == [
+        "stats_svc   127.0.0.1:",
+        "loader_svc  127.0.0.1:",
+    ]
+    assert f"  grpcurl -cacert {authority.cert} {said[0].split()[1]} " in "".join(said)
+
+    del cli.environment["MODPRESSURE_LOADER_STATS_CA"]
+    sentence = cli.fails(2, *up)
+    assert "MODPRESSURE_STATS_TLS_CERT asks for TLS, for which MODPRESSURE_LOADER_STATS_CA must be set" in sentence
+    elsewhere = authority.sign("elsewhere", host="DNS:elsewhere.example")
+    tls |= {"STATS_TLS_CERT": str(elsewhere.cert), "STATS_TLS_KEY": str(elsewhere.key)}
+    cli.environment.update({f"MODPRESSURE_{name}": value for name, value in tls.items()})
+    done = cli(*up, "--quiet")
+    assert done.code == 1
+    assert "stats_svc at 127.0.0.1:" in done.err and "its certificate is for another name" in done.err
 
 
 def test_up_keeps_a_database_that_it_is_given(start_up: StartUp, small_tree: Path, tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ def start(*arguments: str, timeout_seconds: float = 60) -> subprocess.CompletedP
 
 @pytest.mark.parametrize(("service", "listen"), [("stats_svc", "0.0.0.0:0"), ("loader_svc", "[::]:0")])
 def test_beyond_the_loopback_without_tls_a_service_does_not_start(service: str, listen: str) -> None:
+    section = service.removesuffix("_svc").upper()
+    variables = f"MODPRESSURE_{section}_TLS_CERT, MODPRESSURE_{section}_TLS_KEY"
     ended = start(service, "--listen", listen)
     assert ended.returncode == 2
     assert ended.stderr == (
-        f"{service}: {listen!r} can be reached from other machines: give --tls-cert and --tls-key, or "
+        f"{service}: {listen!r} can be reached from other machines: set tls_cert and tls_key ({variables}), or give "
         f"--insecure to do without TLS (see {service} --help)\n"
     )
 
@@ -36,6 +38,7 @@ def test_up_does_not_start_either() -> None:
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert "'0.0.0.0:0' can be reached from other machines" in ended.stderr
+    assert "_TLS_CERT" in ended.stderr and "--tls" not in ended.stderr, "up has no such option"
     assert ended.stderr.count("\n") == 1
 
 

@@ -19,6 +19,7 @@ from modpressure.kernel.outcome import Outcome as KernelOutcome
 from modpressure.kernel.policy import POLICIES as KERNEL_POLICIES
 from modpressure.kernel.report import ReportFormat as KernelReportFormat
 from modpressure.storm import StormResult, StormRun
+from modpressure.tls import ClientTls
 from modpressure.v1.call_pb2 import Call, Event, Outcome, Unload
 from modpressure.v1.loader_service_pb2 import (
     Layout,
@@ -308,6 +309,10 @@ def test_what_up_says_can_be_pasted() -> None:
     assert "grpcurl -plaintext 127.0.0.1:5 modpressure.v1.StatsService/GetReport | jq -r .text\n" in text
     plain = up_view.announcement(up_view.Running("127.0.0.1:50050", ["127.0.0.1:50051"], "/tmp/x", {}))
     assert "export" not in plain
+    tls = ClientTls(Path("/c a.pem"), Path("/cert.pem"), Path("/key.pem"))
+    encrypted = up_view.announcement(running, tls)
+    assert "export MODPRESSURE_CLIENT_CA='/c a.pem'\n" in encrypted
+    assert "grpcurl -cacert '/c a.pem' -cert /cert.pem -key /key.pem 127.0.0.1:5 " in encrypted
 
 
 def test_a_childs_lines_are_shown_for_people() -> None:
