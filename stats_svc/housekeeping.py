@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 import structlog
 
 from stats_svc.ages import Ages
-from stats_svc.rows import ClockGap, Retention, StoreError
+from stats_svc.rows import Retention, StoreError
 
 CLAIM_SECONDS: Final = 24 * 3600
-"""How long what came of a client's request is remembered."""
+"""How long what came of a client's request is remembered, at least."""
 
 INSTANCE_SECONDS: Final = 7 * 24 * 3600
-"""How long it is remembered of a loader process that nothing more is accepted of it."""
+"""How long it is remembered of a loader process that nothing more is accepted of it, at least."""
 
 SETTLE_SECONDS: Final = 60
 """How long events are kept in any case, as loaders may ask what became of their calls."""
@@ -38,9 +38,6 @@ class Swept(Protocol):
 
     def prune_events(self, retention: Retention) -> bool:
         """Take some events away that need not be kept; return whether there may be more."""
-
-    def keep_clock_gaps(self, gaps: Sequence[ClockGap]) -> None:
-        """Have these gaps of the wall clock in place of those that are stored."""
 
     def sweep(self) -> bool:
         """Take something away of the systems that nobody sees any more; return whether there may be more."""
@@ -73,8 +70,6 @@ class Housekeeping:
         self._keep_seconds = keep_days * 24 * 3600
         self._idle_seconds = idle_seconds
         self._ages = ages or Ages()
-        self._kept_gaps: Sequence[ClockGap] | None = None
-        """What was last stored of them, None if this process has not done so yet."""
 
     async def run(self) -> None:
         """Go on until cancelled."""
@@ -88,15 +83,11 @@ class Housekeeping:
 
     def step(self) -> bool:
         """Take some of what is not kept away; return whether there may be more."""
-        # At each look: who is killed in between forgets, at most, a clock that was put forward since the one before.
-        self._ages.look()
-        if (gaps := self._ages.gaps) != self._kept_gaps:
-            self._store.keep_clock_gaps(gaps)
-            self._kept_gaps = gaps
         return (
             self._store.sweep()
-            or self._store.prune_claims(self._before_ns(CLAIM_SECONDS))
-            or self._store.prune_instances(self._before_ns(INSTANCE_SECONDS))
+            # Who forgets these too early counts twice.
+            or self._store.prune_claims(self._before_ns(CLAIM_SECONDS, surely=True))
+            or self._store.prune_instances(self._before_ns(INSTANCE_SECONDS, surely=True))
             or self._prune_events()
             or self._store.shrink()
         )
@@ -107,5 +98,5 @@ class Housekeeping:
         before_ns = self._before_ns(self._keep_seconds) if self._keep_seconds else 0
         return self._store.prune_events(Retention(self._keep_events, before_ns, self._before_ns(SETTLE_SECONDS)))
 
-    def _before_ns(self, age_seconds: float) -> int:
-        return self._ages.before_ns(round(age_seconds * 1e9))
+    def _before_ns(self, age_seconds: float, *, surely: bool = False) -> int:
+        return self._ages.before_ns(round(age_seconds * 1e9), surely=surely)

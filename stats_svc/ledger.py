@@ -45,6 +45,7 @@ from stats_svc.names import check_hello, is_request_id
 from stats_svc.rows import (
     ClaimKey,
     ClaimRow,
+    ClockGap,
     Commit,
     InstanceRow,
     LedgerStore,
@@ -108,6 +109,9 @@ class Ledger:
         self._clock = clock
         self._wall_clock_ns = wall_clock_ns
         self._ages = ages or Ages(wall_clock_ns, self._clock_ns)
+        self._stored_gaps: tuple[ClockGap, ...] = ()
+        """What the store knows of them."""
+
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
         self._state = LedgerState(Snapshot([], [], []), self._clock_ns)
         self._expiry: asyncio.TimerHandle | None = None
@@ -230,7 +234,8 @@ class Ledger:
 
     def _take_over(self, snapshot: Snapshot) -> None:
         self._state = LedgerState(snapshot, self._clock_ns)
-        self._ages.found(max((row.update_time_ns for row in snapshot.systems), default=0), snapshot.clock_gaps)
+        self._ages.found(snapshot.commit_time_ns, snapshot.clock_gaps)
+        self._stored_gaps = tuple(snapshot.clock_gaps)
         now = self._clock()
         for instance in self._state.instances.values():
             # Until it comes back: what its calls had reserved is stored.
@@ -674,8 +679,15 @@ class Ledger:
             one.nothing_before = False
             instances.append(row)
         self._unsaved.clear()
-        commit = Commit(now_ns, group.steps, instances)
-        await self._in_writer(lambda: self._store.commit(commit))
+        await self._in_writer(functools.partial(self._store_group, now_ns, group, instances))
+
+    def _store_group(self, now_ns: int, group: Group, instances: list[InstanceRow]) -> None:
+        # Later than the time was taken: what the clock was put forward by until then is known now.
+        self._ages.look()
+        gaps = self._ages.gaps
+        has_news = gaps != self._stored_gaps
+        self._store.commit(Commit(now_ns, group.steps, instances, gaps if has_news else None))
+        self._stored_gaps = gaps
 
     def _answer(self, group: Group) -> None:
         for instance_id, call_id in group.released:

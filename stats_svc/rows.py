@@ -233,6 +233,15 @@ class Changes:
     deltas: dict[str, SystemDelta] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class ClockGap:
+    """A time of the wall clock that did not pass, or may not have."""
+
+    begin_ns: int
+    end_ns: int
+    is_sure: bool
+
+
 @dataclass(slots=True)
 class Commit:
     """All that is committed together: steps in order, and how far each loader's batches have been applied."""
@@ -240,6 +249,8 @@ class Commit:
     time_ns: int
     steps: list[Changes]
     instances: list[InstanceRow]
+    clock_gaps: Sequence[ClockGap] | None = None
+    """All of the clocks that told this time and the earlier ones, None if they are those that are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,15 +265,6 @@ class Retention:
 
     settled_ns: int
     """What was committed since then is kept in any case."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class ClockGap:
-    """A time of the wall clock that did not pass, or may not have."""
-
-    begin_ns: int
-    end_ns: int
-    is_sure: bool
 
 
 @dataclass(slots=True)
@@ -283,8 +285,11 @@ class Snapshot:
     claims: list[ClaimRow] = field(default_factory=list)
     """Those that are held."""
 
+    commit_time_ns: int = 0
+    """Of the last commit."""
+
     clock_gaps: list[ClockGap] = field(default_factory=list)
-    """Of the clocks by which all this was stored."""
+    """Of the clocks that told this time and the earlier ones."""
 
 
 @dataclass(slots=True)

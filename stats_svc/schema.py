@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from modpressure.kernel.counters import COUNTER_NAMES
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 """Version of these tables; ``migrations`` has the way to it from each earlier one."""
 
 metadata = sa.MetaData()
@@ -38,11 +38,13 @@ about = sa.Table(
     _number("commits", default="0"),
     sa.Column("leader", _Text, nullable=False, server_default=""),
     sa.Column("leader_address", _Text, nullable=False, server_default=""),
+    _number("commit_time_ns", default="0"),
 )
 """One row: that this database is ours, its version, when a writer last took it over, and which of several that is.
 
 ``epoch`` counts the writers, ``commits`` what the present one has committed; ``leader`` is a name that it gave itself,
-and ``leader_address`` where others reach it.
+and ``leader_address`` where others reach it. ``commit_time_ns`` is the time of the last commit, by the clock of whoever
+made it; since version 9.
 """
 
 systems = sa.Table(

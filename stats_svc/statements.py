@@ -59,6 +59,9 @@ class Statements:
                 }
             )
         )
+        self.note_time = write(
+            sa.update(schema.about).values(commit_time_ns=sa.bindparam("now_ns", type_=sa.BigInteger))
+        )
         self.remove_module = write(
             sa.delete(modules).where(
                 modules.c.system == sa.bindparam("the_system"), modules.c.name == sa.bindparam("the_name")

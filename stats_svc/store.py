@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -35,7 +34,6 @@ from stats_svc.rows import (
     Changes,
     ClaimKey,
     ClaimRow,
-    ClockGap,
     Commit,
     FailedRow,
     InstanceRow,
@@ -164,6 +162,7 @@ class SqlStore:
             held=memory_rows.load(connection, schema.seen_keys, names),
             requesters=requester_rows.known(connection, schema.seen_keys, names),
             claims=claim_rows.load(connection, names),
+            commit_time_ns=connection.scalars(sa.select(schema.about.c.commit_time_ns)).one(),
             clock_gaps=clock_rows.load(connection),
         )
 
@@ -261,6 +260,9 @@ class SqlStore:
             self._admin(connection, step, commit.time_ns)
             if step.deltas:
                 self._add(connection, step.deltas, commit.time_ns)
+        self._statements.note_time.execute(connection, [{"now_ns": commit.time_ns}])
+        if commit.clock_gaps is not None:
+            clock_rows.keep(connection, commit.clock_gaps)
         if commit.instances:
             instance_rows.put(connection, self._statements.put_instance, commit.instances, first_segment)
 
@@ -354,10 +356,6 @@ class SqlStore:
     def prune_events(self, retention: Retention) -> bool:
         """Take some events away that need not be kept; return whether there may be more."""
         return self._step(lambda connection: event_rows.prune(connection, retention))
-
-    def keep_clock_gaps(self, gaps: Sequence[ClockGap]) -> None:
-        """Have these gaps of the wall clock in place of those that are stored."""
-        self._database.write(partial(clock_rows.keep, gaps=gaps))
 
     def shrink(self) -> bool:
         """Give room back that is free; return whether there may be more."""

@@ -109,6 +109,7 @@ def test_what_an_earlier_version_held_is_there_after_the_upgrade(location: str, 
         assert found is not None
         assert found == (expected, {Requester(1, "udev"): Tally(3, 2, 1)} if version >= 3 else {})
         assert [(row.name, row.call_id, row.core_bytes) for row in snapshot.modules] == [("xfs", 4, 4096)]
+        assert snapshot.commit_time_ns == FRESH_NS
         assert snapshot.instances == [InstanceRow("before", "l", 8, FRESH_NS)]
         assert snapshot.held == (
             [HeldRow("old", "before", 4, Holding(core_bytes=4096, core_areas=1))] if limited else []

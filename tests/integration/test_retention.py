@@ -25,6 +25,7 @@ from stats_svc.housekeeping import Housekeeping
 from stats_svc.ledger import Ledger
 from stats_svc.rows import (
     Changes,
+    ClaimRow,
     Commit,
     InstanceRow,
     Retention,
@@ -40,7 +41,8 @@ from tests.services import Hand, Launch
 FRESH_NS = 4 * 10**18
 LATER_NS = FRESH_NS * 2
 MINUTE_NS = 60 * 10**9
-DAY_NS = 24 * 60 * MINUTE_NS
+HOUR_NS = 60 * MINUTE_NS
+DAY_NS = 24 * HOUR_NS
 ALL_GO = Retention(1, 0, LATER_NS)
 
 
@@ -95,35 +97,74 @@ def test_the_young_are_kept_by_age(store: SqlStore) -> None:
     assert len(spans(store)) == 3
 
 
+class Clocks:
+    """A wall clock and a steady one."""
+
+    def __init__(self) -> None:
+        self.wall_ns, self.steady_ns = FRESH_NS, 0
+
+    def run(self, ns: int) -> None:
+        self.wall_ns += ns
+        self.steady_ns += ns
+
+
+@contextlib.asynccontextmanager
+async def a_process(store: SqlStore, clocks: Clocks) -> AsyncIterator[tuple[Ledger, Housekeeping]]:
+    """Give what a stats_svc has that starts over a store; it stores nothing at its end."""
+    ages = Ages(lambda: clocks.wall_ns, lambda: clocks.steady_ns)
+    ledger = Ledger(store, wall_clock_ns=lambda: clocks.wall_ns, ages=ages)
+    await ledger.start()
+    yield ledger, Housekeeping(store, ledger.in_writer, keep_events=0, keep_days=1, ages=ages)
+    await ledger.stop()
+
+
 async def test_a_clock_that_was_put_forward_makes_nothing_older_after_a_restart(store: SqlStore) -> None:
-    wall_ns, steady_ns = FRESH_NS, 0
-
-    def run(ns: int) -> None:
-        nonlocal wall_ns, steady_ns
-        wall_ns += ns
-        steady_ns += ns
-
-    @contextlib.asynccontextmanager
-    async def a_process() -> AsyncIterator[Housekeeping]:
-        ages = Ages(lambda: wall_ns, lambda: steady_ns)
-        ledger = Ledger(store, wall_clock_ns=lambda: wall_ns, ages=ages)
-        await ledger.start()
-        yield Housekeeping(store, ledger.in_writer, keep_events=0, keep_days=1, ages=ages)
-        await ledger.stop()
-
-    async with a_process() as house:
-        add(store, 1, 10, time_ns=wall_ns)
-        wall_ns += 40 * DAY_NS
-        house.step()
-        run(2 * MINUTE_NS)
-        add(store, 11, 10, time_ns=wall_ns)
-    async with a_process() as house:
+    clocks = Clocks()
+    async with a_process(store, clocks):
+        add(store, 1, 10, time_ns=clocks.wall_ns)
+    async with a_process(store, clocks) as (ledger, _):
+        clocks.wall_ns += 40 * DAY_NS
+        await ledger.create_system("another", 2)
+        clocks.run(2 * MINUTE_NS)
+        add(store, 11, 10, time_ns=clocks.wall_ns)
+    async with a_process(store, clocks) as (_, house):
         house.step()
         assert spans(store) == [(1, 10), (11, 20)]
-    async with a_process() as house:
-        run(DAY_NS - MINUTE_NS)
+    async with a_process(store, clocks) as (_, house):
+        clocks.run(DAY_NS - MINUTE_NS)
         house.step()
         assert spans(store) == [(11, 20)]
+
+
+@pytest.mark.parametrize("hours", [25, 20])
+@pytest.mark.parametrize("when", ["in a process", "between two"])
+async def test_what_a_clock_was_put_forward_by_is_stored_with_what_comes_after(
+    store: SqlStore, when: str, hours: int
+) -> None:
+    clocks = Clocks()
+    claims = {"pay-1": ClaimRow("default", "pay-1", b"", "", 0, settled=True, record=b"")}
+    fenced = InstanceRow("over", "l", 1, clocks.wall_ns, Fence.LEASE_ENDED)
+    store.commit(Commit(clocks.wall_ns, [Changes(deltas={"default": SystemDelta(claims=claims)})], [fenced]))
+    # As from a file of a machine whose clock is far ahead.
+    imported = SystemRow("imported", 2, create_time_ns=5, update_time_ns=clocks.wall_ns + 3650 * DAY_NS)
+    store.commit(Commit(clocks.wall_ns, [Changes(create=imported)], []))
+    for number in range(16):
+        # Each is killed before it has looked for what is old.
+        if when == "between two":
+            clocks.wall_ns += hours * HOUR_NS
+        async with a_process(store, clocks) as (ledger, _):
+            if when == "in a process":
+                clocks.wall_ns += hours * HOUR_NS
+            await ledger.create_system(f"s{number}", 2)
+    async with a_process(store, clocks) as (_, house):
+        house.step()
+        assert store.find_claims([("default", "pay-1")]) and store.instance("over")
+        clocks.run(DAY_NS + MINUTE_NS)
+        house.step()
+        assert not store.find_claims([("default", "pay-1")]) and store.instance("over")
+        clocks.run(6 * DAY_NS)
+        house.step()
+        assert store.instance("over") is None
 
 
 def test_what_a_loader_did_last_is_found_however_old_it_is(store: SqlStore) -> None:

@@ -213,7 +213,7 @@ def test_a_commit_is_all_or_nothing(open_store: Open) -> None:
     delta = SystemDelta(counters=Counters(calls=1), modules={"xfs": entry("xfs", 1)})
     with pytest.raises(StoreError, match="a system is gone"):
         store.commit(Commit(2, [Changes(deltas={"default": delta}), Changes(deltas={"absent": delta})], []))
-    assert store.load() == Snapshot([SystemRow("default", 2, create_time_ns=5)], [], [])
+    assert store.load() == Snapshot([SystemRow("default", 2, create_time_ns=5)], [], [], commit_time_ns=1)
 
 
 def test_the_modules_list_is_kept_in_order(open_store: Open) -> None:
@@ -296,7 +296,7 @@ def test_reset_and_delete_come_in_the_order_in_which_they_were_asked(open_store:
     system = SystemRow(
         "default", 2, create_time_ns=5, reset_time_ns=50, update_time_ns=60, next_event_id=2, counters=Counters(calls=1)
     )
-    assert store.load() == Snapshot([system], [], [])
+    assert store.load() == Snapshot([system], [], [], commit_time_ns=60)
     assert store.report("default") == (system, [])
     assert [segment.last_event_id for segment in store.segments("default", newest=False, limit=9)] == [1]
     assert store.segments("doomed", newest=False, limit=9) == []

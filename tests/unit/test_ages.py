@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
+
 from stats_svc.ages import STEP_NS, Ages
+from stats_svc.rows import ClockGap
 
 HOUR_NS = 3600 * 10**9
 DAY_NS = 24 * HOUR_NS
@@ -55,6 +60,17 @@ def test_a_clock_that_is_put_forward_makes_nothing_older() -> None:
     assert ages.before_ns(DAY_NS) == clocks.wall_ns - DAY_NS
 
 
+def test_many_small_steps_of_a_clock_make_nothing_older() -> None:
+    clocks = Clocks()
+    ages = clocks.ages()
+    stored_ns = clocks.wall_ns
+    clocks.run(HOUR_NS)
+    for _ in range(3000):
+        clocks.wall_ns += STEP_NS // 2
+        ages.look()
+    assert stored_ns - STEP_NS <= ages.before_ns(HOUR_NS) <= stored_ns
+
+
 def test_a_clock_that_is_put_back_makes_nothing_older() -> None:
     clocks = Clocks()
     ages = clocks.ages()
@@ -77,8 +93,39 @@ def test_who_starts_when_all_looks_too_old_counts_from_then_on() -> None:
     assert ages.before_ns(30 * DAY_NS) == newest_ns - 20 * DAY_NS
     clocks.run(21 * DAY_NS)
     assert ages.before_ns(30 * DAY_NS) == clocks.wall_ns - 30 * DAY_NS
-    # Where not all of it does, the clock is believed.
+    # Where not all of it does, the clock is believed, but not about what must not be forgotten too early.
     assert ages.before_ns(50 * DAY_NS) == clocks.wall_ns - 50 * DAY_NS
+    assert ages.before_ns(50 * DAY_NS, surely=True) == clocks.wall_ns - 90 * DAY_NS
+
+
+@pytest.mark.parametrize("remembered", [3, 100])
+@pytest.mark.parametrize("seed", range(20))
+def test_starts_by_clocks_that_differ_make_nothing_surely_older(
+    monkeypatch: pytest.MonkeyPatch, seed: int, remembered: int
+) -> None:
+    monkeypatch.setattr("stats_svc.ages._REMEMBERED", remembered)
+    dice = random.Random(seed)
+    clocks = Clocks()
+    ages = clocks.ages()
+    gaps: tuple[ClockGap, ...] = ()
+    commit_time_ns = 0
+    stored: list[tuple[int, int]] = []
+    for _ in range(60):
+        clocks.run(dice.randrange(6 * HOUR_NS))
+        if dice.random() < 0.7:
+            clocks.wall_ns += dice.randrange(-40 * HOUR_NS, 40 * HOUR_NS)
+        if dice.random() < 0.5:
+            # Killed, or another one takes over.
+            ages = clocks.ages()
+            ages.found(commit_time_ns, gaps)
+        for age_ns in (HOUR_NS, DAY_NS, 7 * DAY_NS):
+            before_ns = ages.before_ns(age_ns, surely=True)
+            for wall_ns, steady_ns in stored:
+                assert wall_ns >= before_ns or clocks.steady_ns - steady_ns >= age_ns - STEP_NS
+        if dice.random() < 0.7:
+            ages.look()
+            commit_time_ns, gaps = clocks.wall_ns, ages.gaps
+            stored.append((clocks.wall_ns, clocks.steady_ns))
 
 
 def test_whoever_starts_next_judges_as_if_nothing_had_happened() -> None:
