@@ -14,10 +14,11 @@ from typing import Final
 
 from loader_svc.checks.caller import copy_failure, read_failure
 from loader_svc.image import Algorithm, ImageError, Layout, kernel_decompress, user_decompress
-from loader_svc.memory import Area, Holdings, MemoryBudget, Meter, page_round
+from loader_svc.memory import Area, Holdings, MemoryBudget, Meter, Taken, page_round
 from loader_svc.plan import FileVersion, Plan, Plans, failure_of
 from loader_svc.steps import CallSpec, Failure, Inspected
 from modpressure.errors import NotNow
+from modpressure.fair import FLOW
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Syscall
 
 _CORE: Final = slice(0, 4)
@@ -45,7 +46,7 @@ class LiveModule:
     core: Area | None
     """None if the core takes nothing, which no real module does."""
 
-    taken_bytes: int
+    taken: Taken
 
 
 class CallMemory:
@@ -63,7 +64,8 @@ class CallMemory:
         self._plans = plans
         self._budget = budget
         self._holdings = Holdings(meter)
-        self._taken_bytes = 0
+        self._client = FLOW.get().client
+        self._taken: Taken | None = None
         self._fd = -1
         self._caller_image: Area | None = None
         self._copy: Area | None = None
@@ -92,17 +94,16 @@ class CallMemory:
         algorithm = file.algorithm if not by_kernel or spec.flags & MODULE_INIT_COMPRESSED_FILE else None
         plan = self.plan = self._plans.of(self._fd, file.path, algorithm, by_kernel=by_kernel, flags=spec.flags)
         self.need_bytes = plan.peak_bytes if by_kernel else plan.peak_bytes + page_round(plan.unpacked_bytes)
-        if not self._budget.try_take(self.need_bytes, file.path):
+        self._taken = self._budget.try_take(self.need_bytes, file.path, self._client)
+        if self._taken is None:
             # Thousands may wait for memory, and descriptors are few.
             self._close_file()
             return False
-        self._taken_bytes = self.need_bytes
         return True
 
     async def wait_for_room(self, *, wait: bool) -> None:
-        """Take what the call needs, in turn. OverLimit if there is no room and ``wait`` is false, or never can be."""
-        await self._budget.take(self.need_bytes, self._file.path, wait=wait)
-        self._taken_bytes = self.need_bytes
+        """Take what the call needs, in turn. OverLimit as ``MemoryBudget.take`` has it."""
+        self._taken = await self._budget.take(self.need_bytes, self._file.path, self._client, wait=wait)
 
     # --- the steps ---
 
@@ -175,10 +176,10 @@ class CallMemory:
 
     def keep(self) -> LiveModule:
         """Give what a live module goes on holding to the caller: it is no longer the call's."""
+        assert self._taken is not None, "a call is admitted before it becomes live"
         core_bytes = self._core.size_bytes if self._core is not None else 0
-        module = LiveModule(self._core, core_bytes)
+        module = LiveModule(self._core, self._taken.part(core_bytes))
         self._core = None
-        self._taken_bytes -= core_bytes
         return module
 
     def free_images(self) -> None:
@@ -208,9 +209,9 @@ class CallMemory:
             self._caller_image.free()
             self._caller_image = None
         self._close_file()
-        if self._taken_bytes:
-            self._budget.give(self._taken_bytes)
-            self._taken_bytes = 0
+        if self._taken is not None:
+            self._budget.give(self._taken)
+            self._taken = None
 
     # --- files and areas ---
 

@@ -130,7 +130,7 @@ class Machine:
         if module is not None:
             if module.core is not None:
                 module.core.free()
-            self.budget.give(module.taken_bytes)
+            self.budget.give(module.taken)
 
 
 class LiveCall:
@@ -400,7 +400,7 @@ class LiveCall:
         if ending.outcome is Outcome.LIVE:
             # Before anyone can know that it is live, and so unload it.
             module = machine.live_modules[self.call_id] = self._memory.keep()
-            finish.core_bytes = module.taken_bytes
+            finish.core_bytes = module.taken.size_bytes
         operation = pb.Operation(call_id=self.call_id, system=request.system, finish_call=finish)
         try:
             result = await machine.ledger.ask(operation)

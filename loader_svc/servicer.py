@@ -141,9 +141,9 @@ class LoaderServicer(LoaderServiceServicer):
                 try:
                     return await loader.machine.workers.run(describe)
                 finally:
-                    budget.give(need_bytes)
+                    budget.give(taken)
 
-            await budget.take(need_bytes, entry.path)
+            taken = await budget.take(need_bytes, entry.path, FLOW.get().client)
             # A thread is at it, and has the memory, whoever goes meanwhile.
             return pb.GetModuleResponse(module=await asyncio.shield(loader.begin(described())))
 

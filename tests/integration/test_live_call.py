@@ -24,6 +24,7 @@ from loader_svc.steps import CallSpec
 from loader_svc.storm import Storm
 from loader_svc.trees import open_tree
 from loader_svc.workers import FileWorkers
+from modpressure.errors import Overloaded
 from modpressure.kernel.outcome import Syscall
 from modpressure.kernel.policy import V6_3, V6_4, Policy
 from modpressure.v1 import call_pb2, loader_service_pb2
@@ -121,27 +122,39 @@ async def test_a_call_that_waits_keeps_no_descriptor(machine: Machine, make: Mak
     task = asyncio.ensure_future(waiting.run())
     await until(lambda: waiting.call_id in machine.ledger._asked)
     assert descriptors_of(path) == 0
-    await machine.budget.take(LIMIT_BYTES - machine.budget.taken_bytes, "all")
+    rest = await machine.budget.take(LIMIT_BYTES - machine.budget.taken_bytes, "all")
     queued = asyncio.ensure_future(make().run())
-    await until(lambda: bool(machine.budget._queue))
+    await until(lambda: bool(machine.budget.waiting))
     assert descriptors_of(path) == 0
-    machine.budget.give(LIMIT_BYTES - machine.meter.held_bytes)
+    machine.budget.give(rest)
     await hand.give_up(2, "libcrc32c")
     assert (await task).errno == "EBUSY"
     assert (await queued).errno in ("", "EBUSY")
 
 
 async def test_a_signal_ends_the_wait_for_memory(machine: Machine, make: Make) -> None:
-    await machine.budget.take(LIMIT_BYTES, "all")
+    taken = await machine.budget.take(LIMIT_BYTES, "all")
     call = make()
     task = asyncio.ensure_future(call.run())
-    await until(lambda: bool(machine.budget._queue))
+    await until(lambda: bool(machine.budget.waiting))
     call.interrupt()
     ended = await task
     assert (ended.outcome, ended.errno, ended.check) == (call_pb2.OUTCOME_REFUSED, "EINTR", "signal")
-    assert not machine.budget._queue
-    machine.budget.give(LIMIT_BYTES)
+    assert not machine.budget.waiting
+    machine.budget.give(taken)
     assert machine.budget.taken_bytes == 0
+
+
+async def test_a_wait_for_memory_without_end_is_ended(machine: Machine, make: Make) -> None:
+    machine.budget = MemoryBudget(LIMIT_BYTES, patience_seconds=0.01)
+    taken = await machine.budget.take(LIMIT_BYTES, "all")
+    call = make()
+    with pytest.raises(Overloaded, match=r"libcrc32c\.ko needs .* was given none for 0\.01 s"):
+        await asyncio.wait_for(call.run(), 30)
+    assert call.call_id not in machine.ledger._asked
+    assert not call._told
+    machine.budget.give(taken)
+    assert machine.budget.taken_bytes == machine.meter.held_bytes == 0
 
 
 async def test_a_signal_between_two_waits_ends_the_next(machine: Machine, make: Make, hand: Hand) -> None:
@@ -228,9 +241,9 @@ async def test_a_storm_that_is_stopped_sends_its_signals_in_turns(
     monkeypatch.setattr(storm, "STOP_SECONDS", 0)
     asking = Storm(loader, storm_of(system, ["crc16"], workers=workers))
     await asking.prepare()
-    await machine.budget.take(LIMIT_BYTES, "all")
+    taken = await machine.budget.take(LIMIT_BYTES, "all")
     running = asyncio.ensure_future(asking.run())
-    await until(lambda: len(machine.budget._queue) == workers)
+    await until(lambda: machine.budget.waiting == workers)
     probing = asyncio.ensure_future(probe())
     asking.stop()
     summary = await running
@@ -238,4 +251,4 @@ async def test_a_storm_that_is_stopped_sends_its_signals_in_turns(
     assert [(each.errno, each.count) for each in summary.outcomes] == [("EINTR", workers)]
     assert signals == workers
     assert most <= storm.MAX_AT_ONCE
-    machine.budget.give(LIMIT_BYTES)
+    machine.budget.give(taken)

@@ -25,6 +25,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loader_svc.catalogue import catalogue_tree
 from loader_svc.trees import open_tree
 from modpressure.kernel.counters import Counters
+from modpressure.tls import open_channel
+from modpressure.tokens import Role, entry, new_token
 from modpressure.v1 import call_pb2, stats_service_pb2
 from modpressure.v1 import ledger_service_pb2 as ledger
 from modpressure.v1 import loader_service_pb2 as pb
@@ -40,17 +42,20 @@ PAGE_BYTES = 4096
 class Machine:
     """A client of one loader and its stats_svc, in one system."""
 
-    def __init__(self, loader: Process, stats: Process, system: str) -> None:
+    def __init__(self, loader: Process, stats: Process, system: str, token: str = "") -> None:
         self.process = loader
         self.system = system
-        self._channels = [grpc.aio.insecure_channel(loader.address), grpc.aio.insecure_channel(stats.address)]
+        self._channels = [
+            open_channel(loader.address, None, token=token),
+            grpc.aio.insecure_channel(stats.address),
+        ]
         self.loader = LoaderServiceStub(self._channels[0])
         self.stats = StatsServiceStub(self._channels[1])
         self._health = health_pb2_grpc.HealthStub(self._channels[0])
 
-    async def load(self, module: str, **fields: object) -> call_pb2.Call:
+    async def load(self, module: str, *, timeout: float = 60, **fields: object) -> call_pb2.Call:
         request = pb.LoadModuleRequest(**{"module": module, "system": self.system, **fields})
-        response = await self.loader.LoadModule(request, timeout=60, wait_for_ready=True)
+        response = await self.loader.LoadModule(request, timeout=timeout, wait_for_ready=True)
         return response.call
 
     async def unload(self, module: str) -> call_pb2.Unload:
@@ -89,9 +94,9 @@ async def start(launch: Launch, stats: Process, system: str) -> AsyncIterator[St
     """Start a loader of this test's own with options, and wait until it serves."""
     machines: list[Machine] = []
 
-    async def start_machine(*options: str) -> Machine:
+    async def start_machine(*options: str, token: str = "") -> Machine:
         loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address, *options)
-        machine = Machine(loader, stats, system)
+        machine = Machine(loader, stats, system, token)
         machines.append(machine)
         await until(machine.serving)
         return machine
@@ -408,6 +413,35 @@ async def test_beyond_the_memory_limit_a_call_waits_its_turn_or_is_refused_as_it
     await hand.give_up(2, "minix")
     assert (await first).errno == "EBUSY"
     assert (await second).outcome == call_pb2.OUTCOME_LIVE
+
+
+async def test_a_client_whose_call_waits_for_memory_keeps_no_other_client_waiting(
+    start: StartMachine, stats: Process, big_tree: Path, plain_tree: Path, hand: Hand, tmp_path: Path
+) -> None:
+    with os.fdopen(open_tree(plain_tree).open_file("crc16"), "rb") as file:
+        (big_tree / "crc16.ko").write_bytes(file.read())
+    greedy, modest = new_token(), new_token()
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(
+        entry(greedy, "greedy", [Role.LOAD, Role.READ], ["*"]) + entry(modest, "modest", [Role.LOAD, Role.READ], ["*"])
+    )
+    options = ("--tree", str(big_tree), "--memory-limit", "100MiB", "--tokens", str(tokens))
+    machine = await start(*options, token=greedy)
+    other = Machine(machine.process, stats, machine.system, modest)
+    await hand.reserve(2, "minix")
+    first = asyncio.ensure_future(machine.load("minix", policy=call_pb2.POLICY_V6_3))
+    await until(machine.someone_waits)
+    # It has no room, and goes on waiting when its client has gone.
+    again = {"request_id": "again", "policy": call_pb2.POLICY_V6_3}
+    code, _ = await failure(machine.load("minix", timeout=0.5, **again))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    assert (await other.load("crc16", timeout=15)).outcome == call_pb2.OUTCOME_LIVE
+    assert (await other.loader.GetModule(pb.GetModuleRequest(module="crc16"), timeout=15)).module.name == "crc16"
+    await hand.give_up(2, "minix")
+    assert (await first).errno == "EBUSY"
+    assert (await machine.load("minix", **again)).outcome == call_pb2.OUTCOME_LIVE
+    await other.close()
 
 
 async def test_what_can_never_fit_is_refused_with_both_numbers(start: StartMachine, big_tree: Path) -> None:

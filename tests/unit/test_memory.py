@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 
-from loader_svc.memory import PAGE_BYTES, Area, Holdings, MemoryBudget, Meter
-from modpressure.errors import OverLimit
+from loader_svc.memory import PAGE_BYTES, Area, Holdings, MemoryBudget, Meter, Taken
+from modpressure.errors import OverLimit, Overloaded
 
 
 def resident_bytes() -> int:
@@ -53,25 +54,95 @@ def test_peaks_are_each_their_own() -> None:
     assert meter.end_peak(whole) == 100
 
 
-async def test_the_budget_serves_in_turn_and_the_large_is_not_overtaken_by_the_small() -> None:
-    budget = MemoryBudget(100)
-    await budget.take(80, "first")
-    order: list[str] = []
+class Takers:
+    """Those who ask a budget for memory, and the order in which they get it."""
 
-    async def take(size: int, name: str) -> None:
-        await budget.take(size, name)
-        order.append(name)
+    def __init__(self, limit_bytes: int, **settings: float) -> None:
+        self.budget = MemoryBudget(limit_bytes, **settings)
+        self.served: list[str] = []
+        self.taken: dict[str, Taken] = {}
 
-    large = asyncio.ensure_future(take(90, "large"))
-    await asyncio.sleep(0)
-    small = asyncio.ensure_future(take(10, "small"))
-    await asyncio.sleep(0)
-    assert order == []
-    assert not budget.try_take(1, "a thread")
-    budget.give(80)
-    await asyncio.gather(large, small)
-    assert order == ["large", "small"]
-    assert budget.taken_bytes == 100
+    async def ask(self, size_bytes: int, name: str) -> asyncio.Task[None]:
+        """Ask for the client that the name begins with, and wait if need be."""
+
+        async def take() -> None:
+            self.taken[name] = await self.budget.take(size_bytes, name, name[0])
+            self.served.append(name)
+
+        task = asyncio.ensure_future(take())
+        await asyncio.sleep(0)
+        return task
+
+    async def give(self, name: str) -> None:
+        """Give back what somebody was given, and let those run who have it now."""
+        self.budget.give(self.taken.pop(name))
+        await asyncio.sleep(0)
+
+
+async def test_of_one_client_the_large_is_not_overtaken_by_the_small() -> None:
+    takers = Takers(100)
+    await takers.ask(80, "a1")
+    await takers.ask(90, "a large")
+    await takers.ask(10, "a small")
+    assert takers.served == ["a1"]
+    assert takers.budget.try_take(1, "a thread", "a") is None
+    await takers.give("a1")
+    assert takers.served == ["a1", "a large", "a small"]
+    assert takers.budget.taken_bytes == 100
+
+
+async def test_others_pass_who_waits_for_what_was_there_before() -> None:
+    takers = Takers(100)
+    await takers.ask(60, "a live module")
+    waiting = await takers.ask(50, "a waits")
+    await takers.ask(30, "b1")
+    assert takers.budget.try_take(10, "a thread", "b") is not None
+    assert takers.served == ["a live module", "b1"]
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not takers.budget.waiting
+
+
+async def test_who_would_fit_without_those_that_passed_is_passed_no_more() -> None:
+    takers = Takers(100)
+    await takers.ask(60, "a1")
+    await takers.ask(90, "a large")
+    await takers.ask(30, "b1")
+    await takers.give("a1")
+    # Others that go on asking for less would keep the large one out for ever.
+    await takers.ask(10, "b2")
+    await takers.ask(10, "c1")
+    assert takers.budget.try_take(1, "a thread", "d") is None
+    assert takers.served == ["a1", "b1"]
+    await takers.give("b1")
+    assert takers.served == ["a1", "b1", "a large", "b2"]
+    await takers.give("b2")
+    assert takers.served[-1] == "c1"
+
+
+async def test_a_part_that_a_live_module_keeps_is_as_old_as_its_call() -> None:
+    takers = Takers(100)
+    await takers.ask(60, "a1")
+    kept = takers.taken["a1"].part(20)
+    await takers.ask(90, "a large")
+    await takers.give("a1")
+    await takers.ask(30, "b1")
+    assert takers.served == ["a1", "b1"]
+    takers.budget.give(kept)
+    await takers.ask(30, "b2")
+    await takers.give("b1")
+    assert takers.served == ["a1", "b1", "a large"]
+
+
+async def test_clients_take_turns() -> None:
+    takers = Takers(100)
+    await takers.ask(100, "z")
+    for name in ("a1", "a2", "a3", "b1", "c1", "c2"):
+        await takers.ask(50, name)
+    await takers.give("z")
+    for name in ("a1", "b1", "c1", "a2"):
+        await takers.give(name)
+    assert takers.served == ["z", "a1", "b1", "c1", "a2", "c2", "a3"]
 
 
 async def test_what_can_never_fit_is_refused_at_once_with_both_numbers() -> None:
@@ -86,40 +157,81 @@ async def test_who_may_not_wait_is_refused_while_it_is_full() -> None:
         await budget.take(50, "xfs.ko", wait=False)
 
 
+async def test_a_client_that_is_given_nothing_for_too_long_is_sent_away_and_what_fits_behind_is_served() -> None:
+    takers = Takers(100, patience_seconds=0.01)
+    await takers.ask(60, "a live module")
+    waiting = [await takers.ask(size_bytes, f"a{number}") for number, size_bytes in enumerate((50, 60, 40, 50))]
+    refused = r"a0 needs 50 bytes of memory, 40 of the loader's 100 bytes are free, and a was given none for 0.01 s"
+    with pytest.raises(Overloaded, match=refused):
+        await waiting[0]
+    with pytest.raises(Overloaded, match="a1 needs 60"):
+        await waiting[1]
+    await waiting[2]
+    with pytest.raises(Overloaded, match=r"a3 needs 50 bytes of memory, 0 of"):
+        await waiting[3]
+    assert takers.served == ["a live module", "a2"]
+    assert (takers.budget.waiting, takers.budget.taken_bytes) == (0, 100)
+
+
 async def test_a_cancelled_wait_neither_keeps_its_place_nor_leaks() -> None:
-    budget = MemoryBudget(100)
-    await budget.take(100, "first")
-    waiting = asyncio.ensure_future(budget.take(100, "second"))
-    behind = asyncio.ensure_future(budget.take(10, "third"))
-    await asyncio.sleep(0)
+    takers = Takers(100)
+    await takers.ask(100, "a1")
+    waiting = await takers.ask(100, "a2")
+    await takers.ask(10, "a3")
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    budget.give(100)
-    await behind
-    assert budget.taken_bytes == 10
+    await takers.give("a1")
+    assert takers.served == ["a1", "a3"]
+    assert takers.budget.taken_bytes == 10
 
 
 async def test_a_wait_cancelled_after_it_was_served_gives_back_what_it_got() -> None:
-    budget = MemoryBudget(100)
-    await budget.take(100, "first")
-    waiting = asyncio.ensure_future(budget.take(100, "second"))
-    await asyncio.sleep(0)
-    budget.give(100)
+    takers = Takers(100)
+    await takers.ask(100, "a1")
+    waiting = await takers.ask(100, "a2")
+    takers.budget.give(takers.taken["a1"])
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert budget.taken_bytes == 0
+    assert takers.budget.taken_bytes == 0
 
 
 async def test_who_has_cancelled_its_turn_but_not_yet_left_is_passed_over() -> None:
-    budget = MemoryBudget(100)
-    await budget.take(100, "first")
-    waiting = asyncio.ensure_future(budget.take(100, "second"))
-    behind = asyncio.ensure_future(budget.take(60, "third"))
-    await asyncio.sleep(0)
+    takers = Takers(100)
+    await takers.ask(100, "a1")
+    waiting = await takers.ask(100, "a2")
+    behind = await takers.ask(60, "a3")
     waiting.cancel()
     # Before the cancelled one runs again.
-    budget.give(100)
+    takers.budget.give(takers.taken["a1"])
     await asyncio.gather(waiting, return_exceptions=True)
     await behind
     assert waiting.cancelled()
-    assert budget.taken_bytes == 60
+    assert takers.budget.taken_bytes == 60
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_comes_the_limit_holds_and_everybody_is_served_in_the_end(seed: int) -> None:
+    random, takers = Random(seed), Takers(100)
+    tasks: list[asyncio.Task[None]] = []
+    for number in range(500):
+        name = f"{random.choice('abc')}{number}"
+        waiting = [task for task in tasks if not task.done()]
+        match random.choice(["ask", "ask", "give", "give", "keep", "cancel"]):
+            case "ask":
+                tasks.append(await takers.ask(random.randint(1, 100), name))
+            case "give" if takers.taken:
+                await takers.give(random.choice(list(takers.taken)))
+            case "keep" if takers.taken:
+                taken = takers.taken[random.choice(list(takers.taken))]
+                takers.taken[name] = taken.part(random.randint(0, taken.size_bytes))
+            case "cancel" if waiting:
+                random.choice(waiting).cancel()
+                if random.random() < 0.5:
+                    await asyncio.sleep(0)
+        assert 0 <= takers.budget.taken_bytes <= 100
+    await asyncio.sleep(0)
+    while takers.taken:
+        await takers.give(random.choice(list(takers.taken)))
+        await asyncio.sleep(0)
+    assert all(task.done() for task in tasks)
+    assert (takers.budget.waiting, takers.budget.taken_bytes) == (0, 0)
