@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import ssl
+import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,7 +51,7 @@ class Finding:
 async def look_at_machine(session: Session) -> AsyncIterator[Finding]:
     """Yield what is found here, one thing after another."""
     yield Finding("modpressure", True, f"{__version__} on Python {platform.python_version()}, {platform.machine()}")
-    for look in (_memory, _open_files, _cache, _database, _tree, _listening, _own_certificates, _tokens):
+    for look in (_memory, _open_files, _cache, _database, _tree, _listening, _own_certificates, _tokens, _token_files):
         yield await asyncio.to_thread(_looked, look, session)
 
 
@@ -210,6 +211,18 @@ def _tokens(session: Session) -> Finding:
     if not grants:
         return Finding("tokens", False, f"{text}: nobody is let in", "modpressure token new")
     return Finding("tokens", True, text)
+
+
+def _token_files(session: Session) -> Finding:
+    """Look whether files that hold a token, of clients and loaders here, can be read by others."""
+    loader = load_settings(LoaderSettings, config=session.config)
+    files = sorted({file for file in (session.settings.token_file, loader.stats_token_file) if file and file.exists()})
+    for file in files:
+        if file.stat().st_mode & stat.S_IROTH:
+            return Finding(
+                "token files", False, f"anybody here can read {file}", "make it readable by its owner: chmod 600"
+            )
+    return Finding("token files", True, ", ".join(map(str, files)) or "none is set")
 
 
 def good_until(what: str, which: str, end: datetime) -> Finding:

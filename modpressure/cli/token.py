@@ -26,18 +26,18 @@ def _days(value: Any) -> float:
     except ValueError:
         raise typer.BadParameter(f"{value!r} is not a number of days") from None
     if not 0 < days <= 36500:
-        raise typer.BadParameter(f"{value} is not a number of days between 0 and 36500")
+        raise typer.BadParameter(f"{value} is not a number of days, more than 0 and at most 36500")
     return days
 
 
 @app.command(
     help=help_of(
-        """Make a token, add its hash to a services' file, and print the token: the only time that it is seen.
+        """Make a token, add its hash to a services' file, and print it, or write it to --output: it is seen this once.
 
         Services that run take the file's new content at once.
 
         Examples:
-          modpressure token new tokens.toml --name ci --role load --role read --days 30 > ci.token
+          modpressure token new tokens.toml --name ci --role load --role read --days 30 --output ci.token
           MODPRESSURE_CLIENT_TOKEN_FILE=ci.token modpressure load xfs
         """
     )
@@ -52,6 +52,14 @@ def new(
     days: Annotated[
         float | None, typer.Option(parser=_days, metavar="DAYS", help="How long it is good.", show_default="for ever")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the token there instead, into a new file that its owner alone can read.",
+            show_default=False,
+        ),
+    ] = None,
     json: _JSON = False,
 ) -> None:
     """Make a token."""
@@ -65,27 +73,39 @@ def new(
         taken = {grant.name for grant in read_tokens(file).values()}
         if name in taken:
             raise ModpressureError(f"{file} has a token {name!r} already")
+    if output is not None:
+        _write(output, token + "\n", os.O_EXCL)
     try:
-        # One write, so that no service sees half of it; readable by its owner alone if it is new.
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, (("\n" if there else "") + text).encode())
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise ModpressureError(f"{file} can't be written: {(error.strerror or str(error)).lower()}") from error
+        # One write, so that no service sees half of it.
+        _write(file, ("\n" if there else "") + text, os.O_APPEND)
+    except ModpressureError:
+        if output is not None:
+            output.unlink()
+        raise
     if json:
         print_json(
             {
-                "token": token,
+                **({"token": token} if output is None else {"token_file": str(output)}),
                 "name": name,
                 "roles": [str(one) for one in role],
                 "systems": systems,
                 "expires": expires.isoformat() if expires else None,
             }
         )
-    else:
+    elif output is None:
         print_text(token + "\n")
+
+
+def _write(file: Path, text: str, how: int) -> None:
+    """Write a text in one piece; a new file its owner alone can read. ``how`` are further flags of open(2)."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | how, 0o600)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ModpressureError(f"{file} can't be written: {(error.strerror or str(error)).lower()}") from error
 
 
 @app.command("list")

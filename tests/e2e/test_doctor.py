@@ -89,6 +89,9 @@ def test_what_services_here_would_use_is_looked_at_before_they_are_started(machi
     tokens = tmp_path / "tokens.toml"
     soon = datetime.now(UTC) + timedelta(days=2)
     tokens.write_text(entry(new_token(), "ci", [Role.LOAD], ["*"], soon))
+    token = tmp_path / "ci.token"
+    token.write_text(new_token())
+    token.chmod(0o644)
     pair = Authority(tmp_path).sign("server")
     cli = with_settings(
         machine.cli,
@@ -96,6 +99,7 @@ def test_what_services_here_would_use_is_looked_at_before_they_are_started(machi
         loader_listen="0.0.0.0:50051",
         stats_database="postgresql+psycopg://me:secret@127.0.0.1:1/x",
         stats_tokens=str(tokens),
+        client_token_file=str(token),
         stats_tls_cert=str(pair.cert),
         stats_tls_key=str(pair.key),
     )
@@ -107,6 +111,7 @@ def test_what_services_here_would_use_is_looked_at_before_they_are_started(machi
     assert database.startswith("problem  database: postgresql+psycopg://me:***@127.0.0.1:1/x: ")
     assert "secret" not in done.out + done.err
     assert f"'ci' expires at {soon:%Y-%m-%d %H:%M}Z; modpressure token new" in said_of("tokens", done.out)
+    assert said_of("token files", done.out).startswith(f"problem  token files: anybody here can read {token}; ")
     certificates = said_of("own certificates", done.out)
     assert certificates.startswith(f"problem  own certificates: {pair.cert} is good for 0 days, until ")
     assert certificates.endswith("; renew it; a service takes new files without a restart")

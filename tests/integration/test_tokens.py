@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from modpressure.client import Client
 from modpressure.errors import Forbidden, ModpressureError, Unauthenticated, Unavailable
 from modpressure.grpc_errors import translate_errors
 from modpressure.grpc_server import GrpcServer
-from modpressure.tls import BadCredentials, open_channel
+from modpressure.tls import BadCredentials, open_channel, read_token
 from modpressure.tokens import BadTokenFile, Role, TokenFile, digest, entry, new_token, read_tokens
 from modpressure.v1 import call_pb2, ledger_service_pb2, loader_service_pb2, stats_service_pb2
 from modpressure.v1.loader_service_pb2_grpc import (
@@ -398,6 +399,17 @@ def test_a_token_is_made_by_a_command_and_known_by_its_hash_alone(tmp_path: Path
     second = command("new", str(file), "--name", "b", "--role", "admin", "--days", "1")
     assert second.returncode == 0
     assert command("list", str(file)).stdout.splitlines()[1] == "ci: load, read; systems ci-*; expires never"
+    output = tmp_path / "c.token"
+    third = command("new", str(file), "--name", "c", "--role", "read", "--output", str(output), "--json")
+    assert third.returncode == 0 and json.loads(third.stdout)["token_file"] == str(output)
+    assert os.stat(output).st_mode & 0o777 == 0o600
+    assert TokenFile(file).grant(f"Bearer {read_token(output)}").name == "c"
+    known = file.read_text()
+    over = command("new", str(file), "--name", "d", "--role", "read", "--output", str(output))
+    assert (over.returncode, over.stderr) == (1, f"modpressure: {output} can't be written: file exists\n")
+    nowhere = tmp_path / "nosuch" / "tokens.toml"
+    assert command("new", str(nowhere), "--name", "d", "--role", "read", "--output", f"{output}2").returncode == 1
+    assert file.read_text() == known and not (tmp_path / "c.token2").exists()
     again = command("new", str(file), "--name", "ci", "--role", "load")
     assert (again.returncode, again.stderr) == (1, f"modpressure: {file} has a token 'ci' already\n")
     bad = command("new", str(file), "--name", 'a"b', "--role", "load")
