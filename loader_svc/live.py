@@ -46,6 +46,7 @@ from loader_svc.steps import (
     ReserveName,
     Step,
     Unpack,
+    told,
 )
 from loader_svc.workers import FileWorkers
 from modpressure.errors import ModpressureError, NotNow, OverLimit
@@ -186,7 +187,7 @@ class LiveCall:
             self._memory.free_all()
             _log.info("call not carried out", module=self._spec.module, reason=f"{type(error).__name__}: {error}")
             if self._told and self._result is None:
-                why = str(error).encode(errors="replace").decode()
+                why = told(str(error))
                 await self._finish(Ending(Outcome.REFUSED, "ENOMEM", _SIMULATION, why, reserved=self._reserved))
             if isinstance(error, OSError):
                 raise _as_modpressure_error(error, self._request.file.path) from error

@@ -33,6 +33,7 @@ from loader_svc.steps import (
     Link,
     ReserveName,
     Step,
+    told,
 )
 from modpressure.kernel.modules_list import Answer, Verdict
 from modpressure.kernel.outcome import MODULE_INIT_COMPRESSED_FILE, Outcome, Syscall
@@ -107,7 +108,7 @@ def _steps(spec: CallSpec) -> Pipeline:
 
 
 def _failed(outcome: Outcome, failure: Failure, module: str, *, reserved: bool = False) -> Ending:
-    return Ending(outcome, failure.errno, failure.check, failure.value, reserved=reserved, module=module)
+    return Ending(outcome, failure.errno, failure.check, told(failure.value), reserved=reserved, module=module)
 
 
 def _duplicate(outcome: Outcome, answer: Answer, module: str) -> Ending:

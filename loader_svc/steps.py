@@ -12,6 +12,19 @@ from typing import Final, Literal
 from modpressure.kernel.outcome import Outcome, Syscall
 from modpressure.kernel.policy import Policy
 
+MAX_VALUE_BYTES: Final = 4096
+"""Longest value that a call's ending tells: as long as a module's parameters, or a path. A file may name symbols of any
+length, and stats_svc refuses calls of more than 16 KiB."""
+
+
+def told(value: str) -> str:
+    """Return a value that offended as a call's ending tells it: what is too long is cut, and says so."""
+    content = value.encode(errors="replace")
+    if len(content) <= MAX_VALUE_BYTES:
+        return content.decode()
+    end = f"... ({len(content)} bytes)"
+    return content[: MAX_VALUE_BYTES - len(end)].decode(errors="ignore") + end
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:

@@ -8,6 +8,7 @@ from typing import Final
 
 from modpressure.errors import BadRequest, shown
 from modpressure.kernel.autoload import MAX_NAME_BYTES
+from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 
 MAX_INSTANCE_ID_BYTES: Final = 64
@@ -22,6 +23,16 @@ MAX_LIVE_CALLS: Final = 1_000_000
 
 MAX_REQUEST_ID_BYTES: Final = 128
 MAX_DIGEST_BYTES: Final = 64
+
+MAX_CALL_BYTES: Final = 16 << 10
+"""Longest call or unload, as a loader tells of it: its path and the value that offended have 4 KiB each at most, all
+else some hundred bytes."""
+
+MAX_EVENT_BYTES: Final = MAX_CALL_BYTES + 1024
+"""Longest event: with what stats_svc fills in."""
+
+MAX_ERRNO_BYTES: Final = 32
+"""Longer than the name of any errno. All who wait for a call's result are told its errno."""
 
 MAX_RECORD_BYTES: Final = 1 << 20
 """Longest record of the calls that were made for a request, which is told in one answer."""
@@ -78,6 +89,15 @@ def module_of_inode(inode: str) -> str:
     path = inode.partition(":")[2].rpartition(":")[0]
     name = path.rpartition("/")[2].partition(".")[0].replace("-", "_")
     return name if is_module_name(name) else ""
+
+
+def check_ended(ended: call_pb2.Call | call_pb2.Unload) -> None:
+    """Return if a call is no longer than an event may be. BadRequest if it is."""
+    size_bytes = ended.ByteSize()
+    if size_bytes > MAX_CALL_BYTES:
+        raise BadRequest(f"a call of {size_bytes} bytes is longer than {MAX_CALL_BYTES}", field="call")
+    if len(ended.errno) > MAX_ERRNO_BYTES:
+        raise BadRequest(f"{shown(ended.errno)} is no name of an errno", field="errno")
 
 
 def check_symbols(values: Sequence[str]) -> None:

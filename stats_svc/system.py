@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -19,7 +19,7 @@ from stats_svc.claims import Claims
 from stats_svc.group import Group
 from stats_svc.limited_memory import LimitedMemory
 from stats_svc.links import SystemLinks
-from stats_svc.names import check_module_name
+from stats_svc.names import check_ended, check_module_name
 from stats_svc.rows import HeldRow, ModuleRow, SegmentKind, SystemDelta, SystemRow
 from stats_svc.session import Caller, Instance
 
@@ -261,7 +261,11 @@ class System:
         return event_id, woken + self.leave(caller, call.errno)
 
     def unload(self, group: Group, instance: Instance, call_id: int, unload: call_pb2.Unload) -> tuple[int, Answer]:
-        """Remove a live module; return the event that is left, 0 if it can't be removed, and the answer."""
+        """Remove a live module; return the event that is left, 0 if it can't be removed, and the answer.
+
+        BadRequest if what is told of the call is too long.
+        """
+        check_ended(unload)
         name = unload.module
         answer = self.links.unloading(name, forced=unload.forced)
         entry = self.modules.get(name)
@@ -344,11 +348,13 @@ class System:
             self.modules.live(name, each.core_bytes)
             self._put(group, name)
 
-    def _count(self, calls: Iterable[call_pb2.Call]) -> _Counted:
+    def _count(self, calls: Sequence[call_pb2.Call]) -> _Counted:
         """Return what some calls add to the counters, to the failed modules and to what requesters came to.
 
         BadRequest if one makes no sense, OverLimit if a counter would not hold it.
         """
+        for call in calls:
+            check_ended(call)
         counted = _Counted()
         counters, failed = counted.counters, counted.failed
         try:

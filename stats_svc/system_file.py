@@ -24,7 +24,7 @@ from modpressure.errors import BadRequest, OverLimit, shown
 from modpressure.kernel.modules_list import State
 from modpressure.v1 import call_pb2, ledger_service_pb2, stats_service_pb2
 from stats_svc import schema
-from stats_svc.names import MAX_TOLD_RECORD_BYTES, check_system_id
+from stats_svc.names import MAX_EVENT_BYTES, MAX_TOLD_RECORD_BYTES, check_system_id
 from stats_svc.rows import SegmentKind
 
 FORMAT: Final = "modpressure system"
@@ -364,7 +364,7 @@ def _check_segment(values: dict[str, Any], count: int) -> None:
 
 
 def _has_parts(encoded: bytes, number: int) -> bool:
-    """Return whether a message has so many parts that are messages or bytes, and nothing else, without parsing these.
+    """Return whether a message has so many events, none of them too long, and nothing else, without parsing these.
 
     A part takes two bytes of a message, and a hundred when it is parsed.
     """
@@ -382,6 +382,8 @@ def _has_parts(encoded: bytes, number: int) -> bool:
             shift += 7
             if encoded[at] < 0x80:
                 break
+        if length > MAX_EVENT_BYTES:
+            return False
         at += 1 + length
         found += 1
     return (at, found) == (len(encoded), number)

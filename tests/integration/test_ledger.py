@@ -392,6 +392,11 @@ def fail(call_id: int, outcome: int = Outcome.LOAD, module: str = "xfs", *, rese
     return pb.Operation(call_id=call_id, finish_call=finish)
 
 
+def kread(call_id: int, **fields: str) -> pb.Operation:
+    call = call_pb2.Call(module="xfs", outcome=call_pb2.OUTCOME_KREAD, **fields)  # type: ignore[arg-type]
+    return pb.Operation(call_id=call_id, finish_call=pb.FinishCall(call=call))
+
+
 def remove(call_id: int, module: str = "xfs") -> pb.Operation:
     return pb.Operation(call_id=call_id, remove_module=pb.RemoveModule(unload=call_pb2.Unload(module=module)))
 
@@ -609,6 +614,18 @@ async def test_whether_a_module_is_live_can_be_read_without_waiting(bench: Bench
                 call_id=1, finish_call=pb.FinishCall(call=call_pb2.Call(outcome=call_pb2.OUTCOME_LOAD, image_bytes=-1))
             ),
             "image_bytes -1 is no size",
+        ),
+        (kread(1, value="v" * (16 << 10)), "a call of 16[0-9]{3} bytes is longer than 16384"),
+        (kread(1, errno="E" * 33), "is no name of an errno"),
+        (
+            pb.Operation(call_id=1, record_calls=pb.RecordCalls(calls=[call_pb2.Call(file="f" * (16 << 10))])),
+            "is longer than 16384",
+        ),
+        (
+            pb.Operation(
+                call_id=1, remove_module=pb.RemoveModule(unload=call_pb2.Unload(module="xfs", worker="w" * (16 << 10)))
+            ),
+            "is longer than 16384",
         ),
     ],
 )
@@ -1099,9 +1116,7 @@ async def test_a_slow_database_makes_loaders_wait_instead_of_filling_memory(
         nonlocal applied
         answers = []
         for _ in range(100):
-            operation = fail(a.new_call(), Outcome.KREAD)
-            operation.finish_call.call.value = value
-            answers += await a.send(operation)
+            answers += await a.send(kread(a.new_call(), value=value))
             applied += 1
         return answers
 

@@ -21,7 +21,7 @@ from modpressure.kernel.counters import COUNTER_NAMES, Counters, FailedModule
 from modpressure.kernel.modules_list import State
 from modpressure.kernel.requesters import Requester, Tally
 from modpressure.kernel.system_memory import Holding
-from modpressure.v1 import call_pb2, ledger_service_pb2
+from modpressure.v1 import call_pb2, ledger_service_pb2, stats_service_pb2
 from stats_svc import schema
 from stats_svc.events import EventFilter, EventLog
 from stats_svc.instance_rows import STEP_INSTANCES
@@ -354,6 +354,31 @@ def moved(sequence: int, *segments: Segment, nothing_before: bool = True) -> Com
     delta = SystemDelta(events=sum(segment.count for segment in segments), segments=list(segments))
     steps = [Changes(deltas={"default": delta})] if segments else [Changes()]
     return Commit(1, steps, [InstanceRow("mine", "l", sequence, 4 * 10**18, nothing_before=nothing_before)])
+
+
+@pytest.mark.parametrize("newest", [False, True], ids=["oldest first", "newest first"])
+def test_a_page_of_events_is_no_longer_than_clients_take(open_store: Open, newest: bool) -> None:
+    store = open_store()
+    store.commit(created("default"))
+    # Longer ones than any of today, as an older program may have stored.
+    lengths_bytes = [3_900_000, 3_900_000, 100, 2_000_000, 2_100_000, 100_000, 15_500_000, 100]
+    segment = single(1, *range(1, len(lengths_bytes) + 1))
+    for event, length_bytes in zip(segment.events.events, lengths_bytes, strict=True):
+        event.call.value = "v" * length_bytes
+    store.commit(added("default", SystemDelta(events=len(lengths_bytes), segments=[segment])))
+    log, found, position = EventLog(store), list[list[int]](), 0
+    while True:
+        after, before = (0, position) if newest else (position, 0)
+        page = log.page(
+            "default", EventFilter(), limit=1000, newest=newest, after_event_id=after, before_event_id=before
+        )
+        found.append([event.event_id for event in page.events])
+        response = stats_service_pb2.ListEventsResponse(events=page.events, next_page_token="x" * 100)
+        assert response.ByteSize() <= 4 << 20 or len(page.events) == 1
+        position = page.last_event_id
+        if not position:
+            break
+    assert found == ([[8], [7], [6, 5], [4, 3], [2], [1]] if newest else [[1], [2, 3], [4, 5], [6], [7], [8]])
 
 
 def test_the_ends_of_a_processes_calls_are_found_and_nobody_elses(open_store: Open) -> None:

@@ -18,7 +18,7 @@ import zstandard
 from modpressure.client import Client
 from modpressure.errors import AlreadyExists, BadRequest, NotFound, NotNow
 from modpressure.v1 import ledger_service_pb2
-from modpressure.v1.call_pb2 import Event
+from modpressure.v1.call_pb2 import Call, Event
 from modpressure.v1.stats_service_pb2 import ListEventsResponse, MemoryAmounts
 from stats_svc import schema
 from stats_svc.names import MAX_RECORD_BYTES
@@ -213,6 +213,11 @@ def many_events(number: int) -> str:
     return base64.b64encode(zstandard.compress(b"\x0a\x00" * number)).decode()
 
 
+def long_event(size_bytes: int) -> str:
+    events = [Event(call=Call(value="v" * size_bytes))]
+    return base64.b64encode(zstandard.compress(ListEventsResponse(events=events).SerializeToString())).decode()
+
+
 def told_record(size_bytes: int) -> str:
     return base64.b64encode(ledger_service_pb2.ClaimRecord(result=b"x" * size_bytes).SerializeToString()).decode()
 
@@ -274,6 +279,13 @@ BAD: dict[str, tuple[bytes, str]] = {
         with_rows(
             systems={"next_event_id": 1_000_001},
             event_segments={**SEGMENT, "last_event_id": 1_000_000, "events": many_events(1_000_000)},
+        ),
+        "the events of row 2 can't be read",
+    ),
+    "long-event": (
+        with_rows(
+            systems={"next_event_id": 2},
+            event_segments={**SEGMENT, "last_event_id": 1, "events": long_event(20_000)},
         ),
         "the events of row 2 can't be read",
     ),

@@ -8,6 +8,7 @@ import pytest
 
 from loader_svc.pipeline import load_module
 from loader_svc.steps import (
+    MAX_VALUE_BYTES,
     Admit,
     Allocate,
     CallSpec,
@@ -155,3 +156,13 @@ def test_the_name_checked_and_reserved_is_the_one_in_the_image() -> None:
     assert names == ["xfs", "xfs"]
     assert isinstance(steps[-2], Finish)
     assert isinstance(steps[0], Admit)
+
+
+@pytest.mark.parametrize("character", ["v", "ü", "\udcff"])
+def test_what_offended_is_told_as_far_as_an_event_has_room(character: str) -> None:
+    said = "exactly" + "v" * (MAX_VALUE_BYTES - 7)
+    _, ending = drive(spec(), {Inspect: Failure("ENOEXEC", "vermagic", said)})
+    assert ending.value == said
+    _, ending = drive(spec(), {Inspect: Failure("ENOEXEC", "vermagic", "over" + character * 100_000)})
+    assert ending.value.startswith("over") and ending.value.endswith("00004 bytes)")
+    assert MAX_VALUE_BYTES - 1 <= len(ending.value.encode()) <= MAX_VALUE_BYTES
