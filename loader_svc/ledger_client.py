@@ -29,7 +29,7 @@ from loader_svc.memory import Meter
 from loader_svc.outbox import Outbox
 from loader_svc.presence import Presence
 from modpressure.client_errors import end_requests, error_of
-from modpressure.errors import NotNow, Overloaded, Replaced, Unavailable
+from modpressure.errors import NotNow, OverLimit, Overloaded, Replaced, Unavailable
 from modpressure.fair import FLOW, Flow
 from modpressure.operations import STEPS
 from modpressure.tls import BadCredentials, ClientTls, open_channel, read_token
@@ -222,7 +222,8 @@ class LedgerClient:
 
         ``interrupted`` says that a signal is pending: if the operation would have to wait, it is interrupted at once.
         The call must have no other operation unanswered. NotNow if the server makes no sense of it, as of a call in a
-        system that was deleted meanwhile; Unavailable if the call is lost: then it is not counted.
+        system that was deleted meanwhile; OverLimit if it asks for more than a limit of the server allows; Unavailable
+        if the call is lost: then it is not counted.
         """
         if operation.call_id <= self._lost_call_id:
             raise self._lost()
@@ -235,7 +236,7 @@ class LedgerClient:
         self._outbox_filled.set()
         result = await answer
         if result.verdict == INVALID:
-            raise NotNow(result.message)
+            raise (OverLimit if result.over_limit else NotNow)(result.message)
         if result.verdict == LOST:
             raise Unavailable(result.message)
         return result
@@ -251,7 +252,10 @@ class LedgerClient:
             self._outbox_filled.set()
 
     async def policy_of(self, system: str) -> int:
-        """Return the number of a system's own policy, creating the system if there is none of that id."""
+        """Return the number of a system's own policy, creating the system if there is none of that id.
+
+        OverLimit if there are as many systems as there may be.
+        """
         policy = self._policies.get(system)
         if policy is None:
             operation = pb.Operation(call_id=self.new_call_id(), system=system, open_system=pb.OpenSystem())

@@ -95,6 +95,11 @@ class StatsSettings(ServiceSettings):
     import_limit: Bytes = Field(
         "8GiB", description="Longest file that is imported as a system, packed and unpacked: bytes, 512MiB, 8G."
     )
+    system_limit: Annotated[int, Field(ge=0)] = Field(
+        default=4096,
+        description="How many systems there may be; whoever would create one more is answered RESOURCE_EXHAUSTED, and"
+        " those that there are go on; 0: no limit.",
+    )
     lead_seconds: SomeSeconds = Field(
         default=3,
         description="With several stats_svc over one PostgreSQL database: how long the one that leads may be silent"

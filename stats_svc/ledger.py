@@ -58,12 +58,10 @@ from stats_svc.rows import (
 from stats_svc.session import Fence, Instance, Session
 from stats_svc.state import LedgerState, LeftBehind
 from stats_svc.system import System
-from stats_svc.systems import DEFAULT_POLICY, Systems, check_imported
+from stats_svc.systems import DEFAULT_POLICY, DEFAULT_SYSTEM, Systems, check_imported
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-DEFAULT_SYSTEM: Final = "default"
 
 MAX_GROUP_BYTES: Final = 20 << 20
 """How much gathers, as ``Group.weigh`` has it, before nothing more is read from any stream."""
@@ -92,6 +90,7 @@ class Ledger:
         store: LedgerStore,
         *,
         lease_seconds: float = 10.0,
+        system_limit: int = 0,
         on_available: Callable[[bool], None] = lambda available: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock_ns: Callable[[], int] = time.time_ns,
@@ -99,12 +98,13 @@ class Ledger:
     ) -> None:
         """Prepare; ``start`` loads.
 
-        ``on_available`` is called with whether the database can be written to, when that changes. ``ages`` judges what
-        is old, by these clocks if it is not given.
+        Systems are created up to ``system_limit``; 0 is no limit. ``on_available`` is called with whether the database
+        can be written to, when that changes. ``ages`` judges what is old, by these clocks if it is not given.
         """
         self._store = store
         self._events = EventLog(store)
         self._lease_seconds = lease_seconds
+        self._system_limit = system_limit
         self._on_available = on_available
         self._clock = clock
         self._wall_clock_ns = wall_clock_ns
@@ -113,7 +113,7 @@ class Ledger:
         """What the store knows of them."""
 
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
-        self._state = LedgerState(Snapshot([], [], []), self._clock_ns)
+        self._state = LedgerState(Snapshot([], [], []), self._clock_ns, system_limit=system_limit)
         self._expiry: asyncio.TimerHandle | None = None
         """Where a request of the kernel waits for a place: when it is looked at again."""
 
@@ -233,7 +233,7 @@ class Ledger:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
     def _take_over(self, snapshot: Snapshot) -> None:
-        self._state = LedgerState(snapshot, self._clock_ns)
+        self._state = LedgerState(snapshot, self._clock_ns, system_limit=self._system_limit)
         self._ages.found(snapshot.commit_time_ns, snapshot.clock_gaps)
         self._stored_gaps = tuple(snapshot.clock_gaps)
         now = self._clock()
@@ -557,7 +557,7 @@ class Ledger:
     # --- systems ---
 
     async def create_system(self, system_id: str, policy: int, limits: Amounts | None = None) -> SystemRow:
-        """Create a system and return it once it is committed. BadRequest, AlreadyExists, Unavailable."""
+        """Create a system and return it once it is committed. BadRequest, AlreadyExists, OverLimit, Unavailable."""
         self._check_available()
         system = self._state.systems.create(self._group, system_id, policy, self._wall_clock_ns(), limits)
         row = system.row()
@@ -582,7 +582,8 @@ class Ledger:
 
         They are stored step by step, between commits, and seen by nobody before the last is there: whole or not at all.
         BadRequest, AlreadyExists, NotNow while calls are in flight in what is to be replaced or while it is imported by
-        somebody else, Overloaded while others are, Unavailable.
+        somebody else, OverLimit if there are as many systems as there may be, Overloaded while others are imported,
+        Unavailable.
         """
         self._check_available()
         systems = self._state.systems

@@ -53,7 +53,13 @@ async def _serve(settings: StatsSettings, store: SqlStore) -> None:
     )
     changed = asyncio.Event()
     ages = Ages()
-    ledger = Ledger(store, lease_seconds=settings.lease_seconds, on_available=lambda _: changed.set(), ages=ages)
+    ledger = Ledger(
+        store,
+        lease_seconds=settings.lease_seconds,
+        system_limit=settings.system_limit,
+        on_available=lambda _: changed.set(),
+        ages=ages,
+    )
     servicer = StatsServicer(store, ledger, server.stopping, import_limit_bytes=settings.import_limit_bytes)
     server.add(servicer, add_StatsServiceServicer_to_server, STATS_SERVICE)
     server.add(LedgerServicer(ledger), add_LedgerServiceServicer_to_server, LEDGER_SERVICE)

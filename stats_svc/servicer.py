@@ -20,12 +20,13 @@ from modpressure.v1.stats_service_pb2_grpc import StatsServiceServicer
 from stats_svc import convert
 from stats_svc.events import EventFilter, EventLog
 from stats_svc.exports import STALLED_SECONDS, Exports
-from stats_svc.ledger import DEFAULT_SYSTEM, Ledger
+from stats_svc.ledger import Ledger
 from stats_svc.names import check_system_id
 from stats_svc.paging import number_position, page_size, page_token, token_position
 from stats_svc.rows import StoreError, SystemRow
 from stats_svc.store import SqlStore
 from stats_svc.system_file import FileRows, Reader
+from stats_svc.systems import DEFAULT_SYSTEM
 
 T = TypeVar("T")
 

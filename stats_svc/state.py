@@ -81,10 +81,15 @@ class LostClaim(NotNow):
 class LedgerState:
     """All systems and all loader processes."""
 
-    def __init__(self, snapshot: Snapshot, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        """Take over what is stored; ``clock_ns`` is what requests of the kernel are timed by."""
+    def __init__(
+        self, snapshot: Snapshot, clock_ns: Callable[[], int] = time.monotonic_ns, *, system_limit: int = 0
+    ) -> None:
+        """Take over what is stored; ``clock_ns`` is what requests of the kernel are timed by.
+
+        Systems are created up to ``system_limit``; 0 is no limit.
+        """
         self._clock_ns = clock_ns
-        self.systems = Systems(snapshot)
+        self.systems = Systems(snapshot, system_limit)
         self.instances = {
             row.instance_id: Instance(
                 row.instance_id,
@@ -170,7 +175,10 @@ class LedgerState:
                 )
             except ModpressureError as error:
                 group.results_of(session).results.add(
-                    call_id=operation.call_id, verdict=pb.OperationResult.VERDICT_INVALID, message=error.sentence
+                    call_id=operation.call_id,
+                    verdict=pb.OperationResult.VERDICT_INVALID,
+                    message=error.sentence,
+                    over_limit=isinstance(error, OverLimit),
                 )
 
     def _apply_again(

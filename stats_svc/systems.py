@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotFound, NotNow, Overloaded
+from modpressure.errors import AlreadyExists, BadRequest, ModpressureError, NotFound, NotNow, OverLimit, Overloaded
 from modpressure.kernel.system_memory import Amounts
 from modpressure.v1 import call_pb2
 from stats_svc.group import Group
@@ -17,6 +17,9 @@ IMPORTS: Final = 2
 
 IMPORT_RETRY_SECONDS: Final = 5.0
 
+DEFAULT_SYSTEM: Final = "default"
+"""The system that there is always, and that is meant where none is said."""
+
 DEFAULT_POLICY: Final = call_pb2.POLICY_V6_4
 """Number of ``modpressure.kernel.policy.DEFAULT_POLICY``."""
 
@@ -24,8 +27,8 @@ DEFAULT_POLICY: Final = call_pb2.POLICY_V6_4
 class Systems(dict[str, System]):
     """All systems, by their ids."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        """Take over what is stored."""
+    def __init__(self, snapshot: Snapshot, limit: int = 0) -> None:
+        """Take over what is stored, however much that is; none is created beyond ``limit``, 0 is no limit."""
         super().__init__({row.id: System(row) for row in snapshot.systems})
         for row in snapshot.modules:
             self[row.system].restore(row)
@@ -35,6 +38,7 @@ class Systems(dict[str, System]):
             self[held.system].restore_held(held)
         for claim in snapshot.claims:
             self[claim.system].claims.restore(claim)
+        self._limit = limit
         self.queued: dict[str, System] = {}
         """Those with requests of the kernel that wait for a place."""
 
@@ -48,11 +52,16 @@ class Systems(dict[str, System]):
         return min(times_ns, default=None)
 
     def create(self, group: Group, system_id: str, policy: int, now_ns: int, limits: Amounts | None = None) -> System:
-        """Create a system. BadRequest if that can't be an id, AlreadyExists if there is one of that id."""
+        """Create a system.
+
+        BadRequest if that can't be an id, AlreadyExists if there is one of that id, OverLimit if there are as many as
+        there may be.
+        """
         check_system_id(system_id)
         if system_id in self:
             raise AlreadyExists(f"there is a system {system_id!r} already")
         self._check_not_imported(system_id)
+        self._check_room(system_id)
         row = SystemRow(system_id, policy, create_time_ns=now_ns, limits=limits)
         group.create(row)
         system = self[system_id] = System(row)
@@ -79,13 +88,16 @@ class Systems(dict[str, System]):
         """Keep an id for a system that is being imported, until ``end_import``.
 
         BadRequest if that can't be an id; AlreadyExists if there is one, unless it is to be replaced, and NotNow while
-        calls are in flight in that; Overloaded while as many are imported as may be at once.
+        calls are in flight in that; OverLimit if there are as many as there may be, Overloaded while as many are
+        imported as may be at once.
         """
         self._check_not_imported(check_system_id(system_id))
         if system_id in self:
             if not replace:
                 raise AlreadyExists(f"there is a system {system_id!r} already")
             self._idle(system_id, "replaced")
+        else:
+            self._check_room(system_id)
         if len(self._imported) >= IMPORTS:
             raise Overloaded(
                 f"{len(self._imported)} systems are being imported, which is as many as there may be at once",
@@ -119,6 +131,17 @@ class Systems(dict[str, System]):
     def _check_not_imported(self, system_id: str) -> None:
         if system_id in self._imported:
             raise NotNow(f"system {system_id!r} is being imported")
+
+    def _check_room(self, system_id: str) -> None:
+        """Return if there may be one more. OverLimit if not."""
+        count = len(self) + sum(imported not in self for imported in self._imported)
+        # Without the default one, no stats_svc would start any more.
+        if self._limit and count >= self._limit and system_id != DEFAULT_SYSTEM:
+            raise OverLimit(
+                f"system {system_id!r} can't be created: there are {count} systems, and stats_svc's system_limit is"
+                f" {self._limit}",
+                field="system",
+            )
 
     def _idle(self, system_id: str, what: str) -> System:
         system = self.get(check_system_id(system_id))

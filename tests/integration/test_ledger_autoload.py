@@ -10,7 +10,7 @@ import pytest
 
 from modpressure.errors import NotNow
 from modpressure.v1 import ledger_service_pb2 as pb
-from stats_svc.ledger import DEFAULT_SYSTEM
+from stats_svc.systems import DEFAULT_SYSTEM
 from tests.integration.test_ledger import FAILED, PROCEED, SHARED, Bench, Loader, connected, settle, until
 
 
