@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 from google.protobuf.message import Message
@@ -52,25 +53,58 @@ def role_of(method: str) -> Role:
     return _ROLES.get(method) or (Role.READ if name.startswith(_READS) else Role.ADMIN)
 
 
-def systems_of(message: Message, *, is_within: bool = False) -> Iterator[str]:
-    """Yield the systems that a request is about: each ``system`` in it, or the id of a ``System``.
+def systems_of(message: Message) -> Collection[str]:
+    """Return the systems that a request is about: each ``system`` in it, or the id of a ``System``.
 
-    Where none is said it is the default, unless the message ``is_within`` one that says for which system that is.
+    Where none is said it is the default, unless the message is within one that says for which system that is.
     """
-    descriptor = message.DESCRIPTOR
+    found: dict[str, None] = {}
+    _find_systems(message, _places_of(message.DESCRIPTOR), found, is_within=False)
+    return found
+
+
+class _Places(NamedTuple):
+    """Where messages of a type name systems. To ask descriptors for each message would take most of a batch's time."""
+
+    is_system: bool
+    has_system: bool
+    repeated: tuple[tuple[str, _Places], ...]
+    single: tuple[tuple[str, _Places], ...]
+    """Names of fields within which there may be some, and where in these."""
+
+
+@functools.cache
+def _places_of(descriptor: Any) -> _Places:
+    """Return where messages of a type, which does not contain itself, name systems."""
     if descriptor.name == "System":
-        yield getattr(message, "id", "")
-        return
+        return _Places(True, False, (), ())
+    repeated: list[tuple[str, _Places]] = []
+    single: list[tuple[str, _Places]] = []
+    has_system = False
     for field in descriptor.fields:
-        if field.name == "system" and field.message_type is None:
-            system = getattr(message, "system")  # noqa: B009
-            if system or not is_within:
-                yield system or DEFAULT_SYSTEM
-            is_within = True
-    for field, value in message.ListFields():
-        if field.message_type is not None and field.message_type.file.package == descriptor.file.package:
-            for part in value if isinstance(value, Iterable) else (value,):
-                yield from systems_of(part, is_within=is_within)
+        if field.message_type is None:
+            has_system |= field.name == "system"
+        elif field.message_type.file.package == descriptor.file.package and any(_places_of(field.message_type)):
+            # Not all versions of protobuf have ``is_repeated``.
+            (repeated if field.default_value == [] else single).append((field.name, _places_of(field.message_type)))
+    return _Places(False, has_system, tuple(repeated), tuple(single))
+
+
+def _find_systems(message: Any, places: _Places, found: dict[str, None], *, is_within: bool) -> None:
+    if places.is_system:
+        found[message.id] = None
+        return
+    if places.has_system:
+        system = message.system
+        if system or not is_within:
+            found[system or DEFAULT_SYSTEM] = None
+        is_within = True
+    for name, inner in places.repeated:
+        for part in getattr(message, name):
+            _find_systems(part, inner, found, is_within=is_within)
+    for name, inner in places.single:
+        if message.HasField(name):
+            _find_systems(getattr(message, name), inner, found, is_within=is_within)
 
 
 class _Pass:
