@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Final
 
 from loader_svc.checks.caller import copy_failure, read_failure
-from loader_svc.image import Algorithm, ImageError, Layout, kernel_decompress, user_decompress
+from loader_svc.image import Algorithm, ImageError, ImageTooLarge, Layout, kernel_decompress, user_decompress
 from loader_svc.memory import Area, Holdings, MemoryBudget, Meter, Taken, page_round
 from loader_svc.plan import FileVersion, Plan, Plans, failure_of
 from loader_svc.steps import CallSpec, Failure, Inspected
@@ -120,9 +120,12 @@ class CallMemory:
             self._caller_image = file
             return None
         try:
-            self._caller_image = self._unpacked(file, user_decompress, aside)
+            unpacked = self._unpacked(file, user_decompress, aside)
         finally:
             file.free()
+        if isinstance(unpacked, Failure):
+            return unpacked
+        self._caller_image = unpacked
         return None
 
     def read(self) -> Failure | None:
@@ -144,10 +147,10 @@ class CallMemory:
     def decompress(self) -> Failure | None:
         """Decompress the copy into an area of its own and free it; return why that fails."""
         assert self._copy is not None
-        try:
-            self._image = self._unpacked(self._copy, kernel_decompress, self._holdings)
-        except ImageError as error:
-            return failure_of(error)
+        unpacked = self._unpacked(self._copy, kernel_decompress, self._holdings)
+        if isinstance(unpacked, Failure):
+            return unpacked
+        self._image = unpacked
         self._copy.free()
         self._copy = None
         return None
@@ -232,27 +235,49 @@ class CallMemory:
                         break
                     offset += length
             if offset < size_bytes or FileVersion.of(self._fd) != plan.version:
-                raise NotNow(f"{self._file.path} changed while it was being read")
+                raise self._changed()
         except BaseException:
             area.free()
             raise
         self._close_file()
         return area
 
-    def _unpacked(self, file: Area, decompress: Callable[..., Iterator[bytes]], holdings: Holdings) -> Area:
-        """Decompress the file of an area into another one; ImageError where that fails, and nothing is kept then."""
+    def _unpacked(self, file: Area, decompress: Callable[..., Iterator[bytes]], holdings: Holdings) -> Area | Failure:
+        """Decompress the file of an area into another one, or return why that fails; nothing is kept then.
+
+        NotNow if it comes to anything else than was planned: what is changed twice within a tick of the kernel's clock
+        is dated the same.
+        """
         plan = self.planned
         image = Area(plan.unpacked_bytes, holdings)
-        offset = 0
+        offset, failure = 0, None
         try:
             with memoryview(file.pages) as view, view[: plan.version.size_bytes] as source:
                 for chunk in decompress(source, self._file.algorithm, limit_bytes=self._plans.image_limit_bytes):
-                    image.pages[offset : offset + len(chunk)] = chunk
-                    offset += len(chunk)
-        except ImageError:
+                    start, offset = offset, offset + len(chunk)
+                    if offset > plan.unpacked_bytes:
+                        break
+                    image.pages[start:offset] = chunk
+        except ImageError as error:
+            failure = failure_of(error)
+        except ImageTooLarge:
+            # Nothing is raised from it: it knows frames that have views of the file's area, which is to be freed.
+            offset = -1
+        except BaseException:
             image.free()
             raise
+        if offset != plan.unpacked_bytes or failure != plan.failure_at("decompress"):
+            image.free()
+            raise self._changed()
+        if failure is not None:
+            image.free()
+            return failure
         return image
+
+    def _changed(self) -> NotNow:
+        """Return the error that says that the file is another than was planned, and have it planned anew."""
+        self._plans.forget(self.planned.version)
+        return NotNow(f"{self._file.path} changed while it was being read")
 
     def _area_of(self, layout: Layout, types: slice) -> Area | None:
         """Allocate an area for some memory types, one after another; None if they take nothing."""

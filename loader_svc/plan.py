@@ -135,6 +135,12 @@ class Plans:
             )
         return plan
 
+    def forget(self, version: FileVersion) -> None:
+        """Forget what was found out about a version of a file: its content turned out to be another."""
+        with self._making:
+            for key in [key for key in self._plans if key[0] == version]:
+                del self._plans[key]
+
     def _make(
         self, fd: int, path: str, version: FileVersion, algorithm: Algorithm | None, by_kernel: bool, ignored: int
     ) -> Plan:
