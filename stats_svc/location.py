@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ CONNECT_TIMEOUT_SECONDS: Final = 5
 
 _SHOWN_PARAMETERS: Final = frozenset({"host", "hostaddr", "port", "dbname", "user", "service", "sslmode"})
 """Parameters of a URL that say which database it is, and can be shown (libpq's names)."""
+
+_PARAMETERS: Final = re.compile(r"\?(?=\w+=)")
 
 
 class LaterVersion(StoreError):
@@ -95,14 +98,22 @@ class Location:
         try:
             yield
         except sa.exc.DBAPIError as error:
-            raise StoreError(f"{self.name}: {_reason(error.orig)}") from error
+            raise StoreError(f"{self.name}: {self._reason(error.orig)}") from error
         except sqlite3.Error as error:
             # Of what goes past SQLAlchemy.
-            raise StoreError(f"{self.name}: {_reason(error)}") from error
+            raise StoreError(f"{self.name}: {self._reason(error)}") from error
         except sa.exc.SQLAlchemyError as error:
             raise StoreError(f"{self.name}: {_first_line(error)}") from error
         except OSError as error:
             raise StoreError(f"{self.name}: {(error.strerror or str(error)).lower()}") from error
+
+    def _reason(self, error: BaseException | None) -> str:
+        """Return why, in SQLite's or PostgreSQL's words, as the end of a sentence."""
+        if not isinstance(error, sqlite3.Error):
+            return _first_line(error)
+        # "file is not a database", "attempt to write a readonly database", "database or disk is full", ...; but of a
+        # directory "unable to open database file".
+        return "it is a directory" if os.path.isdir(self.name) else str(error)
 
 
 def check_version(database: str, version: int) -> None:
@@ -116,6 +127,7 @@ def check_version(database: str, version: int) -> None:
 def _url_of(location: str) -> URL:
     if "://" not in location:
         return URL.create("sqlite", database=os.path.abspath(location))
+    _check_password(location)
     try:
         url = make_url(location)
         if url.drivername in ("postgresql", "postgres"):
@@ -123,6 +135,9 @@ def _url_of(location: str) -> URL:
             url = url.set(drivername="postgresql+psycopg")
         url.get_dialect()
     except (sa.exc.ArgumentError, ValueError):
+        shown, port = _without_password(location)
+        if port and not port.isdecimal():
+            raise StoreError(f"{shown}: {port!r} is no port") from None
         # What follows may hold a password, and can't be told apart from it.
         scheme = location.partition("://")[0]
         raise StoreError(f"'{scheme}://...' is neither a path nor the URL of a database") from None
@@ -135,18 +150,34 @@ def _url_of(location: str) -> URL:
     return url
 
 
+def _check_password(location: str) -> None:
+    """Return if no part of a URL's password is taken for its host, which drivers name. StoreError if one may be."""
+    if not location.startswith("sqlite") and _without_parameters(location).count("@") > 1:
+        raise StoreError(f"{_without_password(location)[0]}: a '@' in a name or password is written %40, a '/' %2F")
+
+
+def _without_password(location: str) -> tuple[str, str]:
+    """Return a URL without what may be its password, nor any parameters; and its port, if it can be told from that.
+
+    All from the first ':' to the last '@' may be the password.
+    """
+    scheme, _, rest = _without_parameters(location).partition("://")
+    user, at, place = rest.rpartition("@")
+    hidden = f"{user.partition(':')[0]}:***@" if ":" in user else user + at
+    host = place.partition("/")[0].rpartition("]")[2]
+    return f"{scheme}://{hidden}{place}", host.partition(":")[2] if at else ""
+
+
+def _without_parameters(location: str) -> str:
+    # A '?' in a password is followed by no name of a parameter, or by an '@'.
+    user, at, place = location.partition("@")
+    return user + at + _PARAMETERS.split(place)[0]
+
+
 def _without_secrets(url: URL) -> str:
     # Passwords and keys may be among libpq's parameters, too (password, sslpassword, oauth_client_secret and others).
     secrets = [name for name in url.query if name not in _SHOWN_PARAMETERS]
     return url.difference_update_query(secrets).render_as_string(hide_password=True)
-
-
-def _reason(error: BaseException | None) -> str:
-    """Return why, in SQLite's or PostgreSQL's words, as the end of a sentence."""
-    if isinstance(error, sqlite3.Error):
-        # "file is not a database", "attempt to write a readonly database", "database or disk is full", ...
-        return str(error)
-    return _first_line(error)
 
 
 def _first_line(error: BaseException | None) -> str:

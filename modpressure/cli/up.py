@@ -227,6 +227,8 @@ async def _until(task: asyncio.Task[Any] | None, children: Children, stopped: as
 
 async def _start(session: Session, plan: Plan, children: Children) -> Running:
     """Start all and wait until they are well."""
+    from stats_svc.location import Location
+
     tls = session.tls
     stats = await children.start("stats", plan.stats_arguments())
     stats_address = from_here(await stats.address)
@@ -242,7 +244,9 @@ async def _start(session: Session, plan: Plan, children: Children) -> Running:
     if plan.policy:
         await _set_policy(session, stats_address, plan.policy)
     pids = {child.name: child.process.pid for child in (stats, *started)}
-    return Running(stats_address, addresses, plan.database, pids)
+    # A URL may have a password.
+    database = Location(plan.database).name if "://" in plan.database else plan.database
+    return Running(stats_address, addresses, database, pids)
 
 
 async def _until_well(what: str, address: str, service: str, tls: ClientTls | None) -> None:
