@@ -65,7 +65,10 @@ def _system_id(value: str) -> str:
     return value
 
 
-def _short(value: str) -> str:
+def _name(value: str) -> str:
+    # As stats_svc takes it of a loader.
+    if not value.isprintable():
+        raise ValueError(f"{value!r} has characters that can't be printed")
     if len(value.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"it is longer than {MAX_NAME_BYTES} bytes")
     return value
@@ -108,7 +111,7 @@ SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
 KmodVersion = Annotated[Literal[30, 34], BeforeValidator(_number)]
-Name = Annotated[str, AfterValidator(_short)]
+Name = Annotated[str, AfterValidator(_name)]
 SystemId = Annotated[str, AfterValidator(_system_id)]
 File = Annotated[Path | None, Field()]
 """A file that may be left out."""

@@ -217,6 +217,8 @@ def test_a_loaders_name_follows_from_its_port() -> None:
     assert LoaderSettings().name_at("unix:/run/x") == f"{socket.gethostname()}:{os.getpid()}"
     with pytest.raises(BadSetting, match=r"--name: .*longer than 128 bytes"):
         load_settings(LoaderSettings, {"name": "x" * 129})
+    with pytest.raises(BadSetting, match=r"--name: 'n\\x1b\[31m' has characters that can't be printed"):
+        load_settings(LoaderSettings, {"name": "n\x1b[31m"})
 
 
 def table(cls: type[Settings]) -> list[str]:
