@@ -37,12 +37,15 @@ class Part:
     settles: bool
 
 
-def digest_of(request: Message, system: str) -> bytes:
-    """Return what tells a request from all others, its ``request_id`` apart; ``system`` is the one that it is for."""
+def digest_of(request: Message) -> bytes:
+    """Return what tells a request from all others of its system, its ``request_id`` apart.
+
+    Each system has its own ids, and takes them along when it is imported under another name.
+    """
     copy = type(request)()
     copy.CopyFrom(request)
-    copy.ClearField("request_id")
-    copy.system = system  # type: ignore[attr-defined]
+    for name in ("request_id", "system"):
+        copy.ClearField(name)
     digest = hashlib.blake2b(type(request).__name__.encode(), digest_size=DIGEST_BYTES)
     digest.update(copy.SerializeToString(deterministic=True))
     return digest.digest()
@@ -77,6 +80,8 @@ class Claim:
         self.is_complete = result.verdict == pb.OperationResult.VERDICT_SHARED
         self.record = result.record
         for part in self.record.parts:
+            # It may have been called otherwise, and imported since.
+            (part.call if part.HasField("call") else part.unload).system = self._system
             if part.HasField("call"):
                 self._recorded[part.name].append(part.call)
         try:

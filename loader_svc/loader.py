@@ -96,7 +96,7 @@ class Loader:
         if not request.request_id:
             return None
         request_id = requests.request_id(request.request_id)
-        return Claim(self.machine.ledger, system, request_id, digest_of(request, system))
+        return Claim(self.machine.ledger, system, request_id, digest_of(request))
 
     async def remove(
         self,

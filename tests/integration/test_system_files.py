@@ -19,6 +19,7 @@ from modpressure.client import Client
 from modpressure.errors import AlreadyExists, BadRequest, NotFound, NotNow
 from modpressure.v1 import ledger_service_pb2
 from modpressure.v1.call_pb2 import Call, Event
+from modpressure.v1.loader_service_pb2 import LoadModuleResponse
 from modpressure.v1.stats_service_pb2 import ListEventsResponse, MemoryAmounts
 from stats_svc import schema
 from stats_svc.names import MAX_RECORD_BYTES
@@ -110,6 +111,25 @@ async def test_a_system_moves_between_databases(
     there = await asyncio.to_thread(service, target)
     async with Client(stats=there.address) as other:
         assert await told(other, system) == before
+
+
+async def test_requests_move_along_under_another_name(stats: Process, loader: Process, system: str) -> None:
+    async with Client([loader.address], stats.address) as client:
+        asks: list[Callable[[str], Any]] = [
+            lambda system: client.load("crc16", system=system, with_dependencies=False, request_id="load"),
+            lambda system: client.unload("crc16", system=system, request_id="unload"),
+        ]
+        answers = [await ask(system) for ask in asks]
+        await client.import_system(f"{system}-b", [await exported(client, system)])
+        for ask, before in zip(asks, answers, strict=True):
+            after = await ask(f"{system}-b")
+            ended = after.call if isinstance(after, LoadModuleResponse) else after.unload
+            assert ended.event_id and ended.system == f"{system}-b"
+            ended.system = system
+            assert after == before
+        assert (await client.stats(f"{system}-b")).events == 2
+        with pytest.raises(NotNow, match="was used for another request"):
+            await client.load("xfs", system=f"{system}-b", request_id="load")
 
 
 async def test_an_export_is_one_point_in_time_while_loads_go_on(stats: Process, system: str) -> None:
