@@ -17,8 +17,8 @@ PENDING_FOR_EACH: Final = 4
 
 PARSED_FACTOR: Final = 4
 """What a message may take in memory once it is parsed, in lengths of the longest. What our own programs send takes at
-most two thirds of that: batches of a loader's calls with thousands of imported symbols each, and the hello of one that
-has as many calls and live modules as it may."""
+most three quarters of that: batches of a loader's calls with thousands of imported symbols each, and the hello of one
+that has as many calls and live modules as it may."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ _PACKED_BYTES: Final = 3 * _NUMBER_BYTES
 """Of a number among packed ones, in an array that grows."""
 
 _LEAST_BYTES: Final = 64
-_LEAST_MESSAGE_BYTES: Final = 128
-"""What any field is taken for at least: it takes time, too, to walk it here and to look at it afterwards."""
+_LEAST_MESSAGE_BYTES: Final = 256
+"""What any field is taken for at least: it takes time, too, to walk it here, and more to look at it afterwards."""
 
 _SHORTEST: Final = 2
 """Bytes of a field on the wire, at least: tag, and length or value."""
@@ -60,7 +60,6 @@ class Shape:
 
         for field in descriptor.fields:
             self._add(field)
-        self.message_bytes = max(self.message_bytes, _LEAST_MESSAGE_BYTES)
 
     def _add(self, field: Any) -> None:
         # Of these versions of protobuf not all have ``is_repeated``.
@@ -74,8 +73,9 @@ class Shape:
             self.message_bytes += _ARRAY_BYTES if repeated else _NUMBER_BYTES + once * inner.message_bytes
             self.is_flat &= once
             if not once:
-                self.fields[tag | _LENGTH_DELIMITED] = (inner.message_bytes, walked, False)
-                self.most_bytes = max(self.most_bytes, inner.message_bytes)
+                field_bytes = max(inner.message_bytes, _LEAST_MESSAGE_BYTES)
+                self.fields[tag | _LENGTH_DELIMITED] = (field_bytes, walked, False)
+                self.most_bytes = max(self.most_bytes, field_bytes)
             self.most_bytes = max(self.most_bytes, inner.most_bytes)
         elif field.type in (field.TYPE_STRING, field.TYPE_BYTES):
             self.message_bytes += _ARRAY_BYTES if repeated else _TEXT_BYTES
