@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -78,7 +79,7 @@ async def measure() -> list[Row]:
         ):
             without, behind = LoaderServiceStub(to_unguarded), LoaderServiceStub(to_guarded)
             modules = await small_modules(without)
-            roads: list[tuple[LoaderServiceStub, Metadata]] = [
+            roads: list[tuple[Any, Metadata]] = [
                 (without, ()),
                 (behind, (("authorization", f"Bearer {token}"),)),
             ]

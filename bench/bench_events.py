@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 import time
+from typing import Any
 
 import grpc
 
@@ -94,7 +95,7 @@ class Producer:
         async def read() -> None:
             answered = 0
             while answered < len(records):
-                response = await self._stream.read()
+                response: Any = await self._stream.read()
                 for _ in response.results.results:
                     answered += 1
                     room.release()

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import empty_pb2
@@ -42,7 +42,7 @@ async def calls_a_second(call: Callable[[int, int], Awaitable[None]], calls: int
     return each * IN_FLIGHT / (time.perf_counter() - begun)
 
 
-async def small_modules(stub: LoaderServiceStub) -> list[str]:
+async def small_modules(stub: Any) -> list[str]:
     """Return the names of the smallest modules of the tree that use no other, one for each caller.
 
     One that another caller's module uses at that moment could not be unloaded.
@@ -55,9 +55,7 @@ async def small_modules(stub: LoaderServiceStub) -> list[str]:
     return names
 
 
-def loads_and_unloads(
-    stub: LoaderServiceStub, modules: list[str], metadata: Metadata = ()
-) -> Callable[[int, int], Awaitable[None]]:
+def loads_and_unloads(stub: Any, modules: list[str], metadata: Metadata = ()) -> Callable[[int, int], Awaitable[None]]:
     """Return what has a caller load and unload its module in turn, one RPC each."""
 
     async def call(caller: int, number: int) -> None:
@@ -72,7 +70,7 @@ def loads_and_unloads(
     return call
 
 
-async def streamed(stub: LoaderServiceStub, modules: list[str], calls: int, metadata: Metadata = ()) -> float:
+async def streamed(stub: Any, modules: list[str], calls: int, metadata: Metadata = ()) -> float:
     """Return calls a second through one stream: each caller's next request leaves when its last is answered."""
     requests: asyncio.Queue[pb.LoadModulesRequest | None] = asyncio.Queue()
 
@@ -117,7 +115,7 @@ def _check(answer: pb.ModuleResponse) -> None:
 async def measure() -> list[Row]:
     """Measure both roads in turn with the peer, and return their rows."""
     single: list[float] = []
-    streamed: list[float] = []
+    stream: list[float] = []
     figures: list[tuple[float, float, float]] = []
     with (
         stats_service() as stats,
@@ -126,7 +124,7 @@ async def measure() -> list[Row]:
     ):
         async with grpc.aio.insecure_channel(peer.address) as empty, grpc.aio.insecure_channel(loader.address) as main:
             nothing = empty.unary_unary(EMPTY_METHOD, empty_pb2.Empty.SerializeToString, empty_pb2.Empty.FromString)
-            stub = LoaderServiceStub(main)
+            stub: Any = LoaderServiceStub(main)
             modules = await small_modules(stub)
 
             async def call_empty(caller: int, number: int) -> None:
@@ -139,7 +137,7 @@ async def measure() -> list[Row]:
                 stream_rate = await streamed(stub, modules, CALLS)
                 if number >= 0:  # the first round warms up
                     single.append(single_rate / peer_rate)
-                    streamed.append(stream_rate / peer_rate)
+                    stream.append(stream_rate / peer_rate)
                     figures.append((single_rate, stream_rate, peer_rate))
                 if number + 1 == ROUNDS:
                     break
@@ -149,9 +147,7 @@ async def measure() -> list[Row]:
         Row(
             "single calls (load, unload in turn)", single, 0.35, "at least", against, f"{middle[0]:.0f} calls a second"
         ),
-        Row(
-            "many-loads stream (the same calls)", streamed, 1.0, "at least", against, f"{middle[1]:.0f} calls a second"
-        ),
+        Row("many-loads stream (the same calls)", stream, 1.0, "at least", against, f"{middle[1]:.0f} calls a second"),
     ]
 
 

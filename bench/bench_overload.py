@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -157,12 +158,12 @@ async def _shares(loader: Service) -> Row:
     storm_calls = modest_calls = 0
     ratios: list[float] = []
 
-    async def be_greedy(stub: LoaderServiceStub) -> None:
+    async def be_greedy(stub: Any) -> None:
         nonlocal storm_calls
         async for response in stub.RunStorm(iter([pb.RunStormRequest(storm=plan)])):
             storm_calls = response.progress.calls
 
-    async def be_modest(stub: LoaderServiceStub) -> None:
+    async def be_modest(stub: Any) -> None:
         nonlocal modest_calls
         while True:
             await stub.LoadModule(pb.LoadModuleRequest(system="modest", module="minix"))
