@@ -43,10 +43,27 @@ def usable_cpus() -> int:
 
 @contextmanager
 def processes(count: int) -> Iterator[Executor]:
-    """Simulate in ``count`` processes; in this one if that is 1. They end when this process does, however it ends."""
+    """Simulate in ``count`` processes; in this one if that is 1. They end when this process does, however it ends.
+
+    For a main thread: meanwhile SIGTERM raises SystemExit with status 143, so that their end is one in order.
+    """
     if count == 1:
         yield Here()
         return
+    before_signal = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with _pool(count) as pool:
+            yield pool
+    finally:
+        signal.signal(signal.SIGTERM, before_signal)
+
+
+def _terminated(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _pool(count: int) -> Iterator[Executor]:
     # Not "fork": a progress bar has threads. The server of "forkserver" imports what is needed only once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["loader_svc.sweep.run"])

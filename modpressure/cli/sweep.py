@@ -123,7 +123,7 @@ def sweep(
         try:
             run = stack.enter_context(place.runner())
             done = run(points, "booting", journal)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             if journal is not None:
                 say(f"interrupted; {journal.kept} finished boots are kept in {journal.path}")
             raise

@@ -120,13 +120,14 @@ def test_a_killed_sweep_goes_on_where_it_was(machine: Path, tmp_path: Path, jobs
     assert points.read_bytes().count(b"\n") == len(rows(path)) == 200
 
 
-def test_ctrl_c_keeps_what_is_finished(machine: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_kill_keeps_what_is_finished(machine: Path, tmp_path: Path, number: signal.Signals) -> None:
     path, points = tmp_path / "a.csv", tmp_path / "a.csv.points"
     with start("sweep", "--machine", machine, "--cpus", "2..64", "--repeat", 50, "-o", path) as process:
         _first_line(points, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (128 + number, "")
     kept = points.read_bytes().count(b"\n")
     assert err.splitlines() == [f"interrupted; {kept} finished boots are kept in {points}"]
     assert not path.exists()
