@@ -12,12 +12,16 @@ from modpressure.errors import BadRequest, shown
 from modpressure.kernel.identity import ExportedSymbol
 from modpressure.kernel.links import Formation, Links, unloading
 from modpressure.kernel.modules_list import PROCEED, Answer, ModulesList, State, Verdict
+from modpressure.parsed_size import NotWire, shape_of
 from modpressure.v1 import ledger_service_pb2 as pb
 from stats_svc.names import check_module_name
 from stats_svc.session import Caller
 
 MAX_EXPORTS_BYTES: Final = 1 << 20
 """Longest table of exports; the longest of a Debian kernel's modules has some 40 KiB."""
+
+MAX_EXPORTS_PARSED_BYTES: Final = 16 * MAX_EXPORTS_BYTES
+"""What it may take once it is parsed: a symbol counts for 256 bytes, and is seldom shorter than 16."""
 
 MAX_SYMBOL_LENGTH: Final = 512
 """The kernel's own limit (include/linux/kallsyms.h, ``KSYM_NAME_LEN``); its namespaces are shorter still."""
@@ -27,6 +31,7 @@ _FOUND_BYTES: Final = 64
 
 MAX_PERCPU_BYTES: Final = 1 << 30
 _REMEMBERED_TABLES: Final = 128
+_EXPORTS: Final = shape_of(pb.Exports.DESCRIPTOR)
 
 _STALE: Final = Answer(Verdict.FAILED, "EAGAIN")
 
@@ -189,8 +194,14 @@ def _exports(message: pb.Formation) -> Mapping[str, ExportedSymbol]:
             f"exports of {len(message.exports)} bytes are longer than {MAX_EXPORTS_BYTES}", field="exports"
         )
     try:
+        if _EXPORTS.parsed_bytes(message.exports, MAX_EXPORTS_PARSED_BYTES) > MAX_EXPORTS_PARSED_BYTES:
+            raise BadRequest(
+                f"exports of {len(message.exports)} bytes have so many parts that they would take more than"
+                f" {MAX_EXPORTS_PARSED_BYTES} bytes of memory",
+                field="exports",
+            )
         return _parsed(message.exports)
-    except DecodeError:
+    except (DecodeError, NotWire):
         raise BadRequest("the exports are no Exports message", field="exports") from None
 
 

@@ -238,6 +238,7 @@ async def test_a_module_whose_loader_is_gone_leaves_no_links(bench: Bench) -> No
     [
         (pb.Formation(exports=b"\xff"), "no Exports message"),
         (pb.Formation(exports=bytes(2 << 20)), "2097152 bytes"),
+        (pb.Formation(exports=b"\x0a\0" * 70_000), "exports of 140000 bytes have so many parts"),
         (pb.Formation(uses=[pb.Use(module="a"), pb.Use(module="a")]), "not named once each"),
         (pb.Formation(uses=[pb.Use(module="xfs")]), "not named once each"),
         (pb.Formation(uses=[pb.Use(module="x y")]), "no name of a module"),

@@ -42,7 +42,7 @@ def batch(operation: bytes) -> bytes:
     return part(2, part(2, operation))
 
 
-N = 200_000
+N = 50_000
 MANY: dict[str, tuple[Any, bytes]] = {
     "operations": (ledger_pb.ConnectRequest, part(2, part(2) * N)),
     "operations that record": (ledger_pb.ConnectRequest, part(2, part(2, part(9, part(1))) * N)),
