@@ -14,8 +14,9 @@ from chaos.proxy import Link
 
 Injection = Callable[[Fleet, Random], Awaitable[None]]
 
-MAX_CLOCK_STEP_SECONDS: Final = 6 * 3600
-"""How far a clock may be off: request ids are to be known for a day, so that two of them may not be a day apart."""
+MAX_CLOCK_STEP_SECONDS: Final = 8 * 24 * 3600
+"""How far a clock may be off: further than the day for which request ids are known, and the week of processes that are
+over."""
 
 MAX_SECONDS: Final = 1.6
 """How long a fault may last: longer than the lease of a loader."""
