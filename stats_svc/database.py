@@ -1,13 +1,12 @@
 """An open database, SQLite or PostgreSQL.
 
-One process writes to a database: the ledger keeps the modules lists in memory. Who writes to an SQLite file holds a
-lock on a file beside it, and others don't start; of several over PostgreSQL one leads, and the others stand by.
+One process writes to a database: the ledger keeps the modules lists in memory. Who writes to an SQLite file holds its
+lock, and others don't start; of several over PostgreSQL one leads, and the others stand by.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 import time
@@ -20,6 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
 from stats_svc import migrations, schema
+from stats_svc.file_lock import FileLock, IsLockedError
 from stats_svc.leadership import DEFAULT_LEAD_SECONDS, Leadership
 from stats_svc.location import Location
 from stats_svc.rows import StoreError
@@ -79,8 +79,7 @@ class Database:
         self.leadership = None if self.is_sqlite else Leadership(self.name, lead_seconds)
         """Which of several writes to it; None where there can't be several."""
 
-        self._lock_file: int | None = None
-        self._identity: tuple[int, int] | None = None
+        self._lock: FileLock | None = None
         with self.errors():
             if self.is_sqlite:
                 Path(self.name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +94,7 @@ class Database:
         """
         with self.errors():
             if self.is_sqlite:
-                self._lock_sqlite()
+                self._lock = self._lock_sqlite()
             # Look before writing: what is not ours must not be touched, not even by the journal mode.
             with self.reader.connect() as connection:
                 version = self._location.version(connection)
@@ -109,9 +108,6 @@ class Database:
                     cursor.close()
             if version != schema.SCHEMA_VERSION:
                 self._migrate()
-            if self.is_sqlite:
-                stat = os.stat(self.name)
-                self._identity = (stat.st_dev, stat.st_ino)
 
     def _migrate(self) -> None:
         """Bring the tables to this program's version, all of them or none."""
@@ -128,15 +124,16 @@ class Database:
             for limit in ("idle_in_transaction_session_timeout", "statement_timeout"):
                 connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
 
-    def _lock_sqlite(self) -> None:
-        # Not on the file itself: to close another descriptor of that would let go of SQLite's own locks.
-        lock_file = os.open(f"{self.name}.lock", os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644)
+    def _lock_sqlite(self) -> FileLock:
         try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock_file)
+            lock = FileLock(self.name)
+        except IsLockedError:
             raise StoreError(f"{self.name} is in use by another stats_svc") from None
-        self._lock_file = lock_file
+        if lock.names > 1:
+            lock.close()
+            # SQLite's log goes by the name: what is committed under one is not seen under another (howtocorrupt.html).
+            raise StoreError(f"{self.name} has other names, too (hard links): all but one have to go")
+        return lock
 
     def _engine(self, *, writer: bool) -> Engine:
         return self._sqlite_engine(writer=writer) if self.is_sqlite else self._postgresql_engine(writer=writer)
@@ -204,7 +201,7 @@ class Database:
         if self.is_sqlite:
             with self.errors():
                 stat = os.stat(self.name)
-            if (stat.st_dev, stat.st_ino) != self._identity:
+            if self._lock is None or (stat.st_dev, stat.st_ino) != self._lock.identity:
                 raise StoreError(f"{self.name} has been replaced by another file")
 
     def write(self, work: Callable[[Connection], None]) -> None:
@@ -273,9 +270,9 @@ class Database:
                 self.leadership.give_up(connection)
         self.writer.dispose()
         self.reader.dispose()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _look(connection: Connection) -> None:

@@ -37,7 +37,7 @@ class Location:
         self.url = _url_of(location)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.name = self.url.database or "" if self.is_sqlite else _without_secrets(self.url)
-        """What sentences call it: of SQLite the absolute path, of others the URL without its passwords."""
+        """What sentences call it: of SQLite the path without symbolic links, of others the URL without passwords."""
 
     def check(self) -> None:
         """Return if stats_svc could use what is there, or nothing is there yet; it is only read.
@@ -126,7 +126,7 @@ def check_version(database: str, version: int) -> None:
 
 def _url_of(location: str) -> URL:
     if "://" not in location:
-        return URL.create("sqlite", database=os.path.abspath(location))
+        return URL.create("sqlite", database=os.path.realpath(location))
     _check_password(location)
     try:
         url = make_url(location)
@@ -146,7 +146,7 @@ def _url_of(location: str) -> URL:
     if url.get_backend_name() == "sqlite":
         if not url.database or url.database == ":memory:":
             raise StoreError(f"{location!r} names no file; counts that are not in a file can't be kept")
-        url = url.set(database=os.path.abspath(url.database))
+        url = url.set(database=os.path.realpath(url.database))
     return url
 
 

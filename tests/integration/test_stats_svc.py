@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -634,10 +635,40 @@ def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path) -> None:
     assert (status, said) == (1, f"stats_svc: {path}: file is not a database\n")
 
 
-def test_a_database_in_use_is_one_sentence(start: Callable[..., Process], database: Path) -> None:
+@pytest.mark.parametrize("way", ["its name", "a symbolic link", "a hard link", "a new name"])
+def test_a_database_in_use_is_one_sentence(
+    start: Callable[..., Process], database: Path, tmp_path: Path, way: str
+) -> None:
     start()
-    status, said = failing_start("--listen", "127.0.0.1:0", "--database", str(database))
-    assert (status, said) == (1, f"stats_svc: {database} is in use by another stats_svc\n")
+    other = database if way == "its name" else tmp_path / "elsewhere" / "other.sqlite3"
+    other.parent.mkdir(exist_ok=True)
+    match way:
+        case "a symbolic link":
+            other.symlink_to(database)
+        case "a hard link":
+            other.hardlink_to(database)
+        case "a new name":
+            database.rename(other)
+    # Nothing that lies beside it has a part in it.
+    for path in database.parent.iterdir():
+        if path.is_file() and not path.name.startswith(f"{database.name}-") and not path.samefile(other):
+            path.unlink()
+    status, said = failing_start("--listen", "127.0.0.1:0", "--database", str(other))
+    assert (status, said) == (1, f"stats_svc: {other.resolve()} is in use by another stats_svc\n")
+
+
+def test_a_database_under_two_names_is_one_sentence(start: Callable[..., Process], database: Path) -> None:
+    start().kill()
+    # What was committed is in a log that goes by the first name.
+    other = database.with_name("other.sqlite3")
+    other.hardlink_to(database)
+    status, said = failing_start("--listen", "127.0.0.1:0", "--database", str(other))
+    assert (status, said) == (
+        1,
+        f"stats_svc: {other} has other names, too (hard links): all but one have to go\n",
+    )
+    other.unlink()
+    start()
 
 
 def test_a_server_that_is_not_there_is_one_sentence_without_its_password() -> None:
@@ -645,6 +676,13 @@ def test_a_server_that_is_not_there_is_one_sentence_without_its_password() -> No
     assert status == 1
     assert said.startswith("stats_svc: postgresql+psycopg://me:***@127.0.0.1:1/stats: ")
     assert said.count("\n") == 1 and "secret" not in said
+
+
+def is_open(path: Path, pid: int) -> bool:
+    """Return whether a process has a file open."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(descriptor.samefile(path) for descriptor in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def test_an_interrupted_start_ends_without_a_word(database: Path) -> None:
@@ -655,8 +693,7 @@ def test_an_interrupted_start_ends_without_a_word(database: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "stats_svc", *arguments], stderr=subprocess.PIPE, text=True
     ) as process:
-        lock = Path(f"{database}.lock")
-        while not lock.exists():
+        while not is_open(database, process.pid):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=WAIT_SECONDS)

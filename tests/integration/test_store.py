@@ -576,3 +576,22 @@ def test_what_is_read_only_is_refused(tmp_path: Path, what: str) -> None:
     assert ended.stdout.startswith(f"{path}: ")
     assert any(words in ended.stdout for words in ("readonly database", "permission denied", "unable to open"))
     assert ended.stdout.count("\n") == 1
+
+
+def test_who_is_refused_a_file_leaves_the_locks_of_who_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "stats.sqlite3"
+
+    def locks() -> list[list[str]]:
+        """Return kind, access and place of the locks on the file, but for their numbers (proc_locks(5))."""
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return sorted(line[1:] for line in lines if line[5].endswith(f":{path.stat().st_ino}"))
+
+    with contextlib.closing(SqlStore(str(path))) as store:
+        store.load()
+        held = locks()
+        assert {kind for kind, *_ in held} == {"OFDLCK", "POSIX"}
+        for _ in range(2):
+            with pytest.raises(StoreError, match="in use by another"):
+                SqlStore(str(path))
+        assert locks() == held
+    assert locks() == []
