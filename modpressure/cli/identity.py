@@ -21,7 +21,12 @@ def show(
     name: Annotated[str, typer.Argument(metavar="[NAME|FILE]", help="Built in, or a file.", show_default="list")] = "",
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Show an identity; without a name, list the built-in ones."""
+    """Show an identity; without a name, list the built-in ones.
+
+    Examples:
+      modpressure identity show
+      modpressure identity show debian-12
+    """
     if name:
         _print(load_identity(name), json=json, base=name if name in identity_names() else "")
     elif json:

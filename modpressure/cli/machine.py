@@ -45,7 +45,11 @@ def record(
 
 @app.command("list")
 def list_machines(json: JsonOption = False) -> None:
-    """List the machines that come with modpressure."""
+    """List the machines that come with modpressure.
+
+    Example:
+      modpressure machine list
+    """
     from loader_svc.boot.machine_file import bundled_machines
 
     machines = bundled_machines().values()
@@ -61,7 +65,11 @@ def show(
     machine: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A bundled machine, or a .toml file.")],
     json: JsonOption = False,
 ) -> None:
-    """Print the description of a machine, a file's with every value checked."""
+    """Print the description of a machine, a file's with every value checked.
+
+    Example:
+      modpressure machine show nvme-255
+    """
     from loader_svc.boot.machine_file import machine_of, machine_text
 
     described = machine_of(machine)

@@ -114,7 +114,11 @@ def modpressure(
 
 @app.command(rich_help_panel=_LOOK)
 def version(json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
-    """Print the version."""
+    """Print the version.
+
+    Example:
+      modpressure version --json
+    """
     if json:
         print_json({"modpressure": __version__, "python": platform.python_version()})
     else:

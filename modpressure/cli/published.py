@@ -29,6 +29,9 @@ def published(
 
     The bundled machines nvme-255 and virtio-8 are booted. What is simulated is the mean over seeds, with the least and
     the greatest. Exit code 1 if a figure that has a bound is outside of it.
+
+    Example:
+      modpressure verify published --repeat 20
     """
     from loader_svc.published.compare import compare
     from loader_svc.published.figures import published_figures

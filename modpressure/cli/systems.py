@@ -76,7 +76,11 @@ async def create(
 @app.command("list")
 @command("stats", "timeout_seconds")
 async def list_systems(session: Session) -> None:
-    """List the systems, by id."""
+    """List the systems, by id.
+
+    Example:
+      modpressure systems list
+    """
     async with session.client() as client:
         systems = [system async for system in client.systems()]
     if session.json:
@@ -88,7 +92,11 @@ async def list_systems(session: Session) -> None:
 @app.command()
 @command("stats", "system", "timeout_seconds")
 async def show(session: Session, system_id: OptionalSystemArgument = None) -> None:
-    """Show one system."""
+    """Show one system.
+
+    Example:
+      modpressure systems show new-kernel
+    """
     async with session.client() as client:
         _show(session, await client.system(system_id or session.settings.system))
 
@@ -96,7 +104,11 @@ async def show(session: Session, system_id: OptionalSystemArgument = None) -> No
 @app.command()
 @command("stats", "system", "timeout_seconds")
 async def reset(session: Session, system_id: OptionalSystemArgument = None) -> None:
-    """Reset a system as a reboot would: counters 0, no modules, no events."""
+    """Reset a system as a reboot would: counters 0, no modules, no events.
+
+    Example:
+      modpressure systems reset new-kernel
+    """
     async with session.client() as client:
         _show(session, await client.reset_system(system_id or session.settings.system))
 
@@ -104,7 +116,11 @@ async def reset(session: Session, system_id: OptionalSystemArgument = None) -> N
 @app.command()
 @command("stats", "timeout_seconds")
 async def delete(session: Session, system: SystemArgument) -> None:
-    """Delete a system and all that was counted for it."""
+    """Delete a system and all that was counted for it.
+
+    Example:
+      modpressure systems delete new-kernel
+    """
     async with session.client() as client:
         await client.delete_system(system)
     if session.json:

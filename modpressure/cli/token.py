@@ -110,7 +110,11 @@ def _write(file: Path, text: str, how: int) -> None:
 
 @app.command("list")
 def list_(file: _File, json: _JSON = False) -> None:
-    """List what a file of tokens allows; the tokens themselves are not in it."""
+    """List what a file of tokens allows; the tokens themselves are not in it.
+
+    Example:
+      modpressure token list tokens.toml
+    """
     grants = sorted(read_tokens(file).values(), key=lambda grant: grant.name)
     rows = [
         {

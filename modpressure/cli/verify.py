@@ -50,7 +50,11 @@ def layout(
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
-    """Compare the sizes of modules with those laid out from their files."""
+    """Compare the sizes of modules with those laid out from their files.
+
+    Example:
+      modpressure verify layout sizes.csv /lib/modules/$(uname -r) --identity mine.toml
+    """
     from loader_svc.verify import verify_layout
 
     _show(verify_layout(csv, tree, load_identity(identity)), json=json)
@@ -66,7 +70,11 @@ def failures(
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
-    """Compare the errno and every counter of single calls, in the order of a script."""
+    """Compare the errno and every counter of single calls, in the order of a script.
+
+    Example:
+      modpressure verify failures --script calls.script --csv calls.csv --files DIR
+    """
     from loader_svc.verify import verify_failures
 
     kernel = load_identity(identity)
@@ -83,7 +91,11 @@ def waits(
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
-    """Compare what two loaders of one slow module get, and when."""
+    """Compare what two loaders of one slow module get, and when.
+
+    Example:
+      modpressure verify waits --script waits.script --csv waits.csv --files DIR --init init.csv
+    """
     from loader_svc.verify import verify_waits
 
     kernel = load_identity(identity)
@@ -99,7 +111,11 @@ def storms(
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
-    """Compare what many workers released together come to: exactly what is no race, in its order what is one."""
+    """Compare what many workers released together come to: exactly what is no race, in its order what is one.
+
+    Example:
+      modpressure verify storms --csv storms.csv --files DIR
+    """
     from loader_svc.verify import verify_storms
 
     _show(verify_storms(csv, [*files, *(more or ())], load_identity(identity), _init_results(init)), json=json)
@@ -114,7 +130,11 @@ def stress(
     identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
-    """Compare what workers that load and unload again and again come to: totals and what must add up."""
+    """Compare what workers that load and unload again and again come to: totals and what must add up.
+
+    Example:
+      modpressure verify stress --csv stress.csv --files DIR
+    """
     from loader_svc.verify import verify_stress
 
     _show(verify_stress(csv, [*files, *(more or ())], load_identity(identity), _init_results(init)), json=json)
@@ -125,7 +145,11 @@ def stats(
     paths: Annotated[list[Path], typer.Argument(metavar="TEXT|DIR...", help="Texts, or directories with *.txt.")],
     json: JsonOption = False,
 ) -> None:
-    """Read the texts of /sys/kernel/debug/modules/stats, rebuild each from what it says, and compare the bytes."""
+    """Read the texts of /sys/kernel/debug/modules/stats, rebuild each from what it says, and compare the bytes.
+
+    Example:
+      modpressure verify stats stats.txt
+    """
     from loader_svc.verify import verify_stats
 
     _show(verify_stats(paths), json=json)

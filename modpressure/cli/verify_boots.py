@@ -44,6 +44,10 @@ def boots(
     Costs are taken from the boots with two CPUs, and from no others: every other number of CPUs is a prediction. Only
     what decompressing takes is from --costs, as modpressure calibrate writes them. Exit code 1 if a figure that has a
     bound is outside of it.
+
+    Examples:
+      modpressure verify boots DIR
+      modpressure verify boots DIR --tree /lib/modules/$(uname -r) --repeat 20
     """
     from loader_svc.verify.boots.verify import compare, opened
 

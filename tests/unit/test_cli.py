@@ -76,6 +76,8 @@ def test_every_command_has_help_and_json(words: list[str]) -> None:
     assert result.exit_code == 0
     assert "--json" in result.output
     assert "\\b" not in result.output
+    examples = result.output.partition("\n Example")[2]
+    assert re.search(rf"\bmodpressure {' '.join(words)}(?![\w-])", examples), result.output
 
 
 def test_all_commands_are_there() -> None:
