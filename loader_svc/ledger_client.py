@@ -26,10 +26,10 @@ import grpc
 import structlog
 
 from loader_svc.memory import Meter
-from loader_svc.outbox import Outbox
+from loader_svc.outbox import ENVELOPE_BYTES, MAX_BATCH_BYTES, Outbox, size_of
 from loader_svc.presence import Presence
 from modpressure.client_errors import end_requests, error_of
-from modpressure.errors import NotNow, OverLimit, Overloaded, Replaced, Unavailable
+from modpressure.errors import BadRequest, Forbidden, NotNow, OverLimit, Overloaded, Replaced, Unavailable
 from modpressure.fair import FLOW, Flow
 from modpressure.operations import STEPS
 from modpressure.tls import BadCredentials, ClientTls, open_channel, read_token
@@ -203,6 +203,15 @@ class LedgerClient:
         self._welcomed = False
         """Whether this instance was."""
 
+        self._took_any = False
+        """Whether the last stream has brought anything after its welcome."""
+
+        self._most_bytes = MAX_BATCH_BYTES
+        """Longest batch that stats_svc takes, by ``size_of`` its operations."""
+
+        self._lost_reason = "the loader has stopped"
+        """Why what was in flight was lost."""
+
         self._new_instance_id = new_instance_id
         self._policies: dict[str, int] = {}
         self._limited: set[str] = set()
@@ -222,11 +231,17 @@ class LedgerClient:
 
         ``interrupted`` says that a signal is pending: if the operation would have to wait, it is interrupted at once.
         The call must have no other operation unanswered. NotNow if the server makes no sense of it, as of a call in a
-        system that was deleted meanwhile; OverLimit if it asks for more than a limit of the server allows; Unavailable
-        if the call is lost: then it is not counted.
+        system that was deleted meanwhile; Forbidden if the loader's token is not for the system; OverLimit if it asks
+        for more than a limit of the server allows, or is longer than that takes; Unavailable if the call is lost: then
+        it is not counted.
         """
         if operation.call_id <= self._lost_call_id:
             raise self._lost()
+        if size_of(operation) > self._most_bytes:
+            raise OverLimit(
+                f"what a call asks, {operation.ByteSize()} bytes, is too long for the message_limit of stats_svc at"
+                f" {self.target}"
+            )
         answer: asyncio.Future[pb.OperationResult] = asyncio.get_running_loop().create_future()
         flow = FLOW.get()
         self._asked[operation.call_id] = _Asked(operation, answer, flow)
@@ -236,13 +251,14 @@ class LedgerClient:
         self._outbox_filled.set()
         result = await answer
         if result.verdict == INVALID:
-            raise (OverLimit if result.over_limit else NotNow)(result.message)
+            refusal = Forbidden if result.forbidden else OverLimit if result.over_limit else NotNow
+            raise refusal(result.message)
         if result.verdict == LOST:
             raise Unavailable(result.message)
         return result
 
     def _lost(self) -> Unavailable:
-        return Unavailable(f"the loader was away from stats_svc at {self.target} for too long; the call is not counted")
+        return Unavailable(f"the call is lost, and not counted: {self._lost_reason}")
 
     def interrupt(self, system: str, call_id: int) -> None:
         """End the wait of a call, if it has one: its operation is then answered interrupted."""
@@ -303,7 +319,7 @@ class LedgerClient:
         try:
             await self._keep_stream()
         finally:
-            self._lose_calls()
+            self._lose_calls(self._lost_reason)
             # Whoever asks from now on would wait for ever, and hold up the end of the process.
             self._lost_call_id = sys.maxsize
 
@@ -322,8 +338,14 @@ class LedgerClient:
                 reason = "it ended the stream"
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
-                if isinstance(told := error_of(error, "stats_svc", self.target), Overloaded):
+                told = error_of(error, "stats_svc", self.target)
+                if isinstance(told, Overloaded):
                     least_seconds = told.retry_seconds
+                elif isinstance(told, BadRequest | OverLimit) and (
+                    self._presence.is_there or self._calls or self._requests
+                ):
+                    # Said again, it would be refused again.
+                    self._begin_anew(reason)
                 if error.code() is grpc.StatusCode.ABORTED:
                     self._set_connected(False)
                     raise Replaced(reason) from None
@@ -332,7 +354,8 @@ class LedgerClient:
             except (BadCredentials, Unavailable) as error:
                 reason = error.sentence
             if self._presence.is_there:
-                backoff_seconds = FIRST_BACKOFF_SECONDS
+                if self._took_any:
+                    backoff_seconds = FIRST_BACKOFF_SECONDS
                 self._set_connected(False)
                 if not self._closing.is_set():
                     log.warning("lost stats_svc", target=self.target, reason=reason)
@@ -361,6 +384,7 @@ class LedgerClient:
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         """Open the stream, say hello, and write and read until it breaks."""
         stream: Stream = LedgerServiceStub(channel).Connect()
+        self._took_any = False
         tasks: list[asyncio.Task[None]] = []
         try:
             hello = pb.Hello(
@@ -382,6 +406,8 @@ class LedgerClient:
                 return
             applied_sequence = welcome.welcome.applied_sequence
             self._welcomed = True
+            limit_bytes = welcome.welcome.message_limit_bytes
+            self._most_bytes = min(MAX_BATCH_BYTES, limit_bytes - ENVELOPE_BYTES) if limit_bytes else MAX_BATCH_BYTES
             log.info("found stats_svc", target=self.target, applied_sequence=applied_sequence)
             self._policies.clear()
             # The writer takes what is unanswered before anything new can be asked, so old numbers go out first.
@@ -418,6 +444,7 @@ class LedgerClient:
             try:
                 while isinstance(response := await stream.read(), pb.ConnectResponse):
                     heard.set()
+                    self._took_any = True
                     self._take(response.results)
             finally:
                 watching.cancel()
@@ -436,13 +463,14 @@ class LedgerClient:
         self._former_instance_ids = [*self._former_instance_ids, former][-MAX_FORMER_INSTANCES:]
         self._last_sequence = self._applied_sequence = self._durable_sequence = 0
         self._welcomed = False
-        self._lose_calls()
+        self._lose_calls(reason)
         log.error(
             "begun anew", target=self.target, reason=reason, former_instance_id=former, instance_id=self.instance_id
         )
 
-    def _lose_calls(self) -> None:
+    def _lose_calls(self, reason: str) -> None:
         """End all that is in flight; nothing of it is told to stats_svc any more."""
+        self._lost_reason = reason
         self._lost_call_id = self._last_call_id
         self._lost_now.set()
         self._lost_now = asyncio.Event()
@@ -508,7 +536,7 @@ class LedgerClient:
         while True:
             await self._outbox_filled.wait()
             await self._room.wait()
-            operations = self._outbox.take()
+            operations = self._outbox.take(self._most_bytes)
             if not self._outbox:
                 self._outbox_filled.clear()
             batch = self._batch(operations)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 from modpressure.fair import FairQueue
+from modpressure.limits import PARSED_FACTOR
+from modpressure.parsed_size import shape_of
 from modpressure.v1 import ledger_service_pb2 as pb
 
 MAX_BATCH_OPERATIONS: Final = 200
@@ -13,7 +16,27 @@ MAX_BATCH_OPERATIONS: Final = 200
 MAX_BATCH_BYTES: Final = 8 << 20
 """Operations are no longer than some hundred bytes, but for the exports of a module; a message may have 16 MiB."""
 
-_size_of: Final = pb.Operation.ByteSize
+ENVELOPE_BYTES: Final = 128
+"""What a batch takes besides its operations, at most: its numbers."""
+
+_SHORT_BYTES: Final = 1024
+_LENGTHS: Final = 12
+_LEAST_BYTES: Final = 256
+"""A short operation is counted without a look at it, as more than any takes: this, and that many times its length."""
+
+_FRAME_BYTES: Final = 8
+"""What an operation within a batch takes besides itself, at most: its tag and its length."""
+
+_SHAPE: Final = shape_of(pb.Operation.DESCRIPTOR)
+
+
+def size_of(operation: pb.Operation) -> int:
+    """Return how much an operation takes of the longest message, which limits what is parsed, too; bytes, at most."""
+    length_bytes = operation.ByteSize()
+    if length_bytes <= _SHORT_BYTES:
+        return _LEAST_BYTES + _LENGTHS * length_bytes
+    parsed_bytes = _SHAPE.parsed_bytes(operation.SerializeToString(), sys.maxsize)
+    return max(length_bytes + _FRAME_BYTES, parsed_bytes // PARSED_FACTOR + 1)
 
 
 class Outbox(FairQueue[pb.Operation]):
@@ -22,18 +45,19 @@ class Outbox(FairQueue[pb.Operation]):
     Never more than one for each call and its signal: a call asks nothing new before it is answered.
     """
 
-    def take(self) -> list[pb.Operation]:
-        """Remove and return what one batch holds, in turn."""
+    def take(self, most_bytes: int = MAX_BATCH_BYTES) -> list[pb.Operation]:
+        """Remove and return what one batch holds, in turn: no more than some bytes, or a single one."""
         if len(self) <= MAX_BATCH_OPERATIONS:
             everything = self.items()
-            if sum(map(_size_of, everything)) <= MAX_BATCH_BYTES:
+            if sum(map(size_of, everything)) <= most_bytes:
                 # Nobody has to wait for a turn.
                 self.clear()
                 return everything
         taken: list[pb.Operation] = []
         size_bytes = 0
-        while self and len(taken) < MAX_BATCH_OPERATIONS and size_bytes < MAX_BATCH_BYTES:
-            operation = self.pop()
-            size_bytes += operation.ByteSize()
-            taken.append(operation)
+        while self and len(taken) < MAX_BATCH_OPERATIONS:
+            size_bytes += size_of(self.peek())
+            if taken and size_bytes > most_bytes:
+                break
+            taken.append(self.pop())
         return taken

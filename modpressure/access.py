@@ -37,12 +37,19 @@ _ROLES: Final = {
 }
 _READS: Final = ("Get", "List", "Watch")
 
+_PARTED: Final = frozenset({"/modpressure.v1.LedgerService/Connect"})
+"""Methods whose messages hold what many callers ask. Who carries them out looks at the systems of each part, with
+``patterns``: a message that was refused for one of its parts would be sent again, or be lost to the others."""
+
 _PASS: Final[ContextVar[_Pass]] = ContextVar("pass")
 """In the task of an RPC that is let in: the token that it shows."""
 
 
 def patterns() -> tuple[str, ...]:
-    """Return which systems the token of this task's RPC is for, all of them where none is asked for."""
+    """Return which systems the token of this task's RPC is for, all of them where none is asked for.
+
+    That may change with each message of a stream of requests.
+    """
     shown = _PASS.get(None)
     return (ALL,) if shown is None else shown.grant.systems
 
@@ -140,7 +147,7 @@ class _Pass:
     def check(self, request: Message | Malformed) -> None:
         """Return if a request is for systems that it is good for. Forbidden."""
         # What is no message is refused by the handler.
-        if not self.grant.is_for_all_systems and not isinstance(request, Malformed):
+        if self._method not in _PARTED and not self.grant.is_for_all_systems and not isinstance(request, Malformed):
             self.grant.check_systems(systems_of(request))
 
 

@@ -63,11 +63,20 @@ class FairQueue(Generic[T]):
             turns.append(flow.stream)
         lane.append(item)
 
-    def pop(self) -> T:
-        """Remove and return the next item. IndexError if there is none."""
+    def _place_new(self) -> None:
         for new, flow in self._new:
             self._place(new, flow)
         self._new.clear()
+
+    def peek(self) -> T:
+        """Return the next item, which stays. IndexError if there is none."""
+        self._place_new()
+        items, turns = self._clients[self._turns[0]]
+        return items[turns[0]][0]
+
+    def pop(self) -> T:
+        """Remove and return the next item. IndexError if there is none."""
+        self._place_new()
         client = self._turns.popleft()
         items, turns = self._clients[client]
         stream = turns.popleft()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from modpressure.limits import Limits
 from modpressure.loopback import is_local
-from modpressure.setting_types import Bytes, File, LogFormat, LogLevel, Seconds, SomeNumber, SomeSeconds
+from modpressure.setting_types import Bytes, File, LogFormat, LogLevel, MessageBytes, Seconds, SomeNumber, SomeSeconds
 from modpressure.settings_sources import BadSetting, Settings, variable
 from modpressure.units import parse_bytes
 
@@ -44,10 +44,10 @@ class ServiceSettings(Settings):
         description="TOML file of the tokens that are let in, see modpressure token; it may be changed at any time.",
         json_schema_extra={"default_text": "anybody is let in"},
     )
-    message_limit: Bytes = Field(
+    message_limit: MessageBytes = Field(
         "16MiB",
-        description="Longest message, in either direction: bytes, 16MiB, 1G. A request that would take more than four"
-        " times that in memory, because it has many small parts, is answered RESOURCE_EXHAUSTED.",
+        description="Longest message, in either direction: bytes, 16MiB, 1G; 16KiB at least. A request that would take"
+        " more than four times that in memory, because it has many small parts, is answered RESOURCE_EXHAUSTED.",
     )
     metadata_limit: Bytes = Field("16KiB", description="Most metadata (headers) of one RPC: bytes, 16KiB.")
     connection_limit: SomeNumber = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
@@ -14,6 +14,10 @@ from modpressure.units import parse_bytes
 
 _SYSTEM_ID = re.compile(r"[a-z][a-z0-9-]{0,62}", re.ASCII)
 MAX_NAME_BYTES = 128
+
+MIN_MESSAGE_BYTES: Final = 16 * 1024
+"""Room for what ends a call, which names a path (include/uapi/linux/limits.h, ``PATH_MAX``): a call of which stats_svc
+can't be told that it has ended keeps its name."""
 
 
 def _comma_separated(value: Any) -> Any:
@@ -80,6 +84,12 @@ def _some_bytes(value: str) -> str:
     return value
 
 
+def _message_bytes(value: str) -> str:
+    if parse_bytes(value) < MIN_MESSAGE_BYTES:
+        raise ValueError(f"it must be at least {MIN_MESSAGE_BYTES} bytes")
+    return value
+
+
 def _some_bytes_or_share(value: str) -> str:
     if parse_bytes(value, whole_bytes=1 << 40) == 0:
         raise ValueError("it must be more than 0")
@@ -104,6 +114,7 @@ StatsAddress = Annotated[str, AfterValidator(_stats_address)]
 Addresses = Annotated[list[str], NoDecode, BeforeValidator(_comma_separated), AfterValidator(_target_addresses)]
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_comma_separated)]
 Bytes = Annotated[str, BeforeValidator(_text), AfterValidator(_some_bytes)]
+MessageBytes = Annotated[str, BeforeValidator(_text), AfterValidator(_message_bytes)]
 BytesOrShare = Annotated[str, BeforeValidator(_text), AfterValidator(_some_bytes_or_share)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SomeNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]

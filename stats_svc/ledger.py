@@ -33,7 +33,8 @@ from typing import Final, TypeVar
 
 import structlog
 
-from modpressure.errors import BadRequest, Forbidden, LeaseEnded, ModpressureError, Replaced, Unavailable
+from modpressure.access import systems_of
+from modpressure.errors import BadRequest, Forbidden, LeaseEnded, ModpressureError, Replaced, Unavailable, shown
 from modpressure.kernel.counters import SIZE_BITS
 from modpressure.kernel.system_memory import Amounts
 from modpressure.tokens import ALL, covers, is_for
@@ -307,8 +308,8 @@ class Ledger:
         self._sessions.add(session)
         if is_known:
             # What one has in flight that is new here was asked of another database.
-            self._state.take_calls(instance, hello.calls)
-            self._state.take_requests(instance, hello.requests)
+            self._state.take_calls(instance, (call for call in hello.calls if is_for(patterns, call.system)))
+            self._state.take_requests(instance, (held for held in hello.requests if is_for(patterns, held.system)))
         session.served += 1
         try:
             # What was applied must be committed before the loader is told so, for it may then forget it.
@@ -360,9 +361,27 @@ class Ledger:
         """Note that a loader is there."""
         session.heard_at = self._clock()
 
+    def allow(self, session: Session, patterns: tuple[str, ...]) -> None:
+        """Note for which systems the token of a loader is now, which may change while its stream stands.
+
+        LeaseEnded if its calls hold anything elsewhere: they could neither go on nor end, and others would wait for it.
+        """
+        instance = session.instance
+        if patterns == instance.patterns or session.closed:
+            return
+        elsewhere = [s for s in sorted(self._state.systems_held_by(instance)) if not is_for(patterns, s)]
+        if elsewhere:
+            self._fence(instance, Fence.LEASE_ENDED)
+            raise LeaseEnded(
+                f"the token of process {instance.id} of loader {instance.loader!r} is no longer for system"
+                f" {elsewhere[0]!r}, in which it has calls; it has to begin as a new instance"
+            )
+        instance.patterns = patterns
+
     async def submit(self, session: Session, batch: pb.OperationBatch) -> None:
         """Apply a batch; its answers come out of the session. Returns when the next may come.
 
+        What it asks of systems that the loader's token is not for is refused, each operation by itself.
         BadRequest if batches are missing before it: then the stream can't go on.
         """
         session.served += 1
@@ -379,6 +398,7 @@ class Ledger:
             await self._room.wait()
         instance = session.instance
         sequence = batch.sequence
+        batch, refused = _part(batch, instance.patterns or ())
         left_behind: LeftBehind | None = None
         if sequence <= instance.applied_sequence:
             if sequence < 1:
@@ -392,6 +412,7 @@ class Ledger:
         async with self._found_claims(batch) as stored_claims:
             if not session.closed:
                 self._apply(session, batch, left_behind, stored_claims)
+                self._group.results_of(session).results.extend(refused)
 
     def _apply(
         self,
@@ -774,6 +795,34 @@ class Ledger:
             # A commit of nothing much: it fails as any other would, and takes the same way back.
             self._group.durable = True
             self._filled.set()
+
+
+def _part(batch: pb.OperationBatch, patterns: tuple[str, ...]) -> tuple[pb.OperationBatch, list[pb.OperationResult]]:
+    """Return what a batch asks of the systems that some patterns name, and the answers to what it asks of others."""
+    if ALL in patterns:
+        return batch, []
+    kept, refused = [], []
+    for operation in batch.operations:
+        other = next((system for system in systems_of(operation) if not is_for(patterns, system)), None)
+        if other is None:
+            kept.append(operation)
+        elif not operation.HasField("interrupt"):
+            # That has no answer of its own.
+            refused.append(
+                pb.OperationResult(
+                    call_id=operation.call_id,
+                    verdict=pb.OperationResult.VERDICT_INVALID,
+                    forbidden=True,
+                    message=f"the loader's token is not for system {shown(other)}",
+                )
+            )
+    if len(kept) == len(batch.operations):
+        return batch, []
+    part = pb.OperationBatch()
+    part.CopyFrom(batch)
+    del part.operations[:]
+    part.operations.extend(kept)
+    return part, refused
 
 
 def _refusal(instance_id: str, loader: str, fence: Fence) -> ModpressureError:

@@ -25,8 +25,10 @@ HEARTBEATS_PER_LEASE: Final = 4
 class LedgerServicer(LedgerServiceServicer):
     """Serves ``modpressure.v1.LedgerService``."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, message_limit_bytes: int = 0) -> None:
+        """Serve a ledger. Loaders are told the longest message that the server takes; 0 says nothing."""
         self._ledger = ledger
+        self._message_limit_bytes = message_limit_bytes
 
     async def Connect(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Any
@@ -37,6 +39,7 @@ class LedgerServicer(LedgerServiceServicer):
             if first is None or first.WhichOneof("kind") != "hello":
                 raise BadRequest("the first message of a stream must be a hello", field="hello")
             session, welcome = await self._ledger.connect(first.hello, patterns())
+            welcome.message_limit_bytes = self._message_limit_bytes
             graceful = False
             try:
                 await context.write(pb.ConnectResponse(welcome=welcome))
@@ -60,6 +63,7 @@ class LedgerServicer(LedgerServiceServicer):
     async def _listen(self, request_iterator: AsyncIterator[pb.ConnectRequest], session: Session) -> None:
         async for request in request_iterator:
             self._ledger.hear(session)
+            self._ledger.allow(session, patterns())
             kind = request.WhichOneof("kind")
             if kind == "batch":
                 _check(session, request.batch)

@@ -62,7 +62,8 @@ async def _serve(settings: StatsSettings, store: SqlStore) -> None:
     )
     servicer = StatsServicer(store, ledger, server.stopping, import_limit_bytes=settings.import_limit_bytes)
     server.add(servicer, add_StatsServiceServicer_to_server, STATS_SERVICE)
-    server.add(LedgerServicer(ledger), add_LedgerServiceServicer_to_server, LEDGER_SERVICE)
+    ledger_servicer = LedgerServicer(ledger, message_limit_bytes=settings.limits.message_bytes)
+    server.add(ledger_servicer, add_LedgerServiceServicer_to_server, LEDGER_SERVICE)
     peer_tls = client_tls(
         settings.peer_ca,
         settings.tls_cert if settings.peer_ca else None,

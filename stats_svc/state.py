@@ -546,7 +546,7 @@ class LedgerState:
 
     def systems_held_by(self, instance: Instance) -> set[str]:
         """Return the systems in which the calls of a loader hold anything, or have asked something."""
-        held = {system for system, _ in instance.calls.values()}
+        held = {system for system, _ in instance.calls.values()} | {system.id for system in instance.waits.values()}
         for name, system in self.systems.items():
             owners = [entry.owner for entry in system.modules if entry.state is not State.LIVE]
             owners += [*system.gate.held, *system.autoload.callers()]

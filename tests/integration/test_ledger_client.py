@@ -11,7 +11,7 @@ import pytest
 
 from loader_svc.ledger_client import LedgerClient
 from loader_svc.memory import Meter
-from modpressure.errors import NotNow
+from modpressure.errors import Forbidden, NotNow, OverLimit, Unavailable
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
 
@@ -27,14 +27,22 @@ class Stream:
         self._requests = requests
         self._context = context
         self.ended = asyncio.Event()
+        self.status = (grpc.StatusCode.OK, "")
+
+    def end(self, code: grpc.StatusCode, details: str) -> None:
+        """End the stream with an error."""
+        self.status = (code, details)
+        self.ended.set()
 
     async def hello(self) -> pb.Hello:
         request = await anext(self._requests)
         assert request.HasField("hello")
         return request.hello
 
-    async def welcome(self, applied_sequence: int) -> None:
-        welcome = pb.Welcome(applied_sequence=applied_sequence, lease_seconds=LEASE_SECONDS)
+    async def welcome(self, applied_sequence: int, message_limit_bytes: int = 0) -> None:
+        welcome = pb.Welcome(
+            applied_sequence=applied_sequence, lease_seconds=LEASE_SECONDS, message_limit_bytes=message_limit_bytes
+        )
         await self._context.write(pb.ConnectResponse(welcome=welcome))
 
     async def message(self) -> pb.OperationBatch | None:
@@ -51,8 +59,10 @@ class Stream:
 
     async def answer(self, applied_sequence: int, *call_ids: int, verdict: Verdict = PROCEED) -> None:
         results = [pb.OperationResult(call_id=n, verdict=verdict) for n in call_ids]
-        response = pb.ResultBatch(applied_sequence=applied_sequence, results=results)
-        await self._context.write(pb.ConnectResponse(results=response))
+        await self.results(pb.ResultBatch(applied_sequence=applied_sequence, results=results))
+
+    async def results(self, results: pb.ResultBatch) -> None:
+        await self._context.write(pb.ConnectResponse(results=results))
 
 
 class StatsSvc(LedgerServiceServicer):
@@ -65,6 +75,9 @@ class StatsSvc(LedgerServiceServicer):
         stream = Stream(request_iterator, context)
         await self._streams.put(stream)
         await stream.ended.wait()
+        code, details = stream.status
+        if code is not grpc.StatusCode.OK:
+            await context.abort(code, details)
 
     async def stream(self) -> Stream:
         return await self._streams.get()
@@ -83,6 +96,7 @@ async def stats() -> AsyncIterator[tuple[StatsSvc, LedgerClient]]:
         meter=Meter(),
         on_released=lambda call_id: None,
         on_connected=lambda connected: None,
+        new_instance_id=lambda: "two",
     )
     running = asyncio.create_task(client.run())
     yield servicer, client
@@ -160,10 +174,13 @@ async def test_the_hello_says_which_calls_are_in_flight_and_in_which_batch_one_h
         pb.CallInFlight(system="default", call_id=2, inode="inode 2"),
     ]
     await second.welcome(ending.sequence)
-    while not all(task.done() for task in asked):
+    answered: set[int] = set()
+    while answered != {1, 2}:
         again = await second.batch()
-        await second.answer(again.sequence, *(operation.call_id for operation in again.operations))
-        await asyncio.wait(asked, timeout=0)
+        call_ids = [operation.call_id for operation in again.operations]
+        await second.answer(again.sequence, *call_ids)
+        answered.update(call_ids)
+    await asyncio.gather(*asked)
     third = asyncio.create_task(client.ask(enter(4)))
     await second.batch()
     second.ended.set()
@@ -216,3 +233,84 @@ async def test_what_an_answer_leads_to_leaves_with_what_has_gathered(stats: tupl
     assert sorted(operation.call_id for operation in (await stream.batch()).operations) == [2, 3]
     await stream.answer(2, 2, 3)
     await asyncio.gather(first, behind)
+
+
+async def test_what_is_too_long_to_be_said_is_refused_to_who_asks_it(stats: tuple[StatsSvc, LedgerClient]) -> None:
+    servicer, client = stats
+    stream = await servicer.stream()
+    await stream.hello()
+    await stream.welcome(0, message_limit_bytes=1000)
+    await client.wait_connected()
+    finding = pb.Operation(call_id=1, system="default", find_symbols=pb.FindSymbols(symbols=["x" * 1000]))
+    with pytest.raises(OverLimit, match=r"10\d\d bytes, is too long for the message_limit of stats_svc at"):
+        await client.ask(finding)
+    entering = asyncio.create_task(client.ask(enter(2)))
+    assert [operation.call_id for operation in (await stream.batch()).operations] == [2]
+    await stream.answer(1, 2)
+    await entering
+
+
+async def test_what_the_loaders_token_is_not_for_forbidden(stats: tuple[StatsSvc, LedgerClient]) -> None:
+    servicer, client = stats
+    stream = await servicer.stream()
+    await stream.hello()
+    await stream.welcome(0)
+    entering = asyncio.create_task(client.ask(enter(1)))
+    await stream.batch()
+    result = pb.OperationResult(call_id=1, verdict=INVALID, forbidden=True, message="not this one")
+    await stream.results(pb.ResultBatch(applied_sequence=1, results=[result]))
+    with pytest.raises(Forbidden, match="not this one"):
+        await entering
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize("is_welcomed", [False, True])
+async def test_what_is_refused_for_what_it_says_is_not_said_again(
+    stats: tuple[StatsSvc, LedgerClient], code: grpc.StatusCode, is_welcomed: bool
+) -> None:
+    """Else the loader would say it for ever, and nobody's calls would go on."""
+    servicer, client = stats
+    stream = await servicer.stream()
+    await stream.hello()
+    await stream.welcome(0)
+    entering = asyncio.create_task(client.ask(enter(client.new_call_id())))
+    await stream.batch()
+    await stream.answer(1, 1)
+    await entering
+    checking = asyncio.create_task(
+        client.ask(pb.Operation(call_id=1, system="default", check_name=pb.CheckName(module="xfs")))
+    )
+    await stream.batch()
+    if not is_welcomed:
+        stream.ended.set()
+        stream = await servicer.stream()
+        assert [call.call_id for call in (await stream.hello()).calls] == [1]
+    stream.end(code, "no")
+    with pytest.raises(Unavailable, match="the call is lost, and not counted: no"):
+        await checking
+    again = await servicer.stream()
+    hello = await again.hello()
+    assert (hello.instance_id, list(hello.calls), list(hello.former_instance_ids)) == ("two", [], ["one"])
+    await again.welcome(0)
+    second = client.new_call_id()
+    entering = asyncio.create_task(client.ask(enter(second)))
+    batch = await again.batch()
+    assert (batch.sequence, [operation.call_id for operation in batch.operations]) == (1, [second])
+    await again.answer(1, second)
+    await entering
+
+
+async def test_who_is_not_let_in_keeps_what_is_in_flight(stats: tuple[StatsSvc, LedgerClient]) -> None:
+    servicer, client = stats
+    stream = await servicer.stream()
+    await stream.hello()
+    await stream.welcome(0)
+    entering = asyncio.create_task(client.ask(enter(1)))
+    await stream.batch()
+    stream.end(grpc.StatusCode.PERMISSION_DENIED, "not this token")
+    again = await servicer.stream()
+    assert (await again.hello()).instance_id == "one"
+    await again.welcome(0)
+    assert (await again.batch()).sequence == 1
+    await again.answer(1, 1)
+    await entering

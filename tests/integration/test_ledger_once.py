@@ -446,6 +446,60 @@ async def test_who_may_use_fewer_systems_is_not_taken_for_a_loader(bench: Bench,
     assert session.closed
 
 
+async def test_what_a_batch_asks_of_other_systems_is_refused_by_itself(bench: Bench) -> None:
+    [b] = await connected(bench, "b")
+    await bench.ledger.create_system("ci-1", 0)
+    session, _ = await bench.ledger.connect(pb.Hello(instance_id="a", loader="a"), ("ci-*",))
+    operations = [
+        pb.Operation(call_id=1, system="default", reserve_name=pb.ReserveName(module="xfs")),
+        pb.Operation(call_id=2, system="ci-1", reserve_name=pb.ReserveName(module="xfs")),
+        pb.Operation(call_id=1, system="default", interrupt=pb.Interrupt()),
+        pb.Operation(call_id=3, system="default", claim_request=pb.ClaimRequest(request_id="r")),
+        pb.Operation(call_id=4, open_system=pb.OpenSystem()),
+        # What says another one within, too.
+        pb.Operation(
+            call_id=5, system="ci-1", record_calls=pb.RecordCalls(calls=[call_pb2.Call(system="default", module="xfs")])
+        ),
+    ]
+    for _ in range(2):
+        # Asked again, it is answered alike.
+        await bench.ledger.submit(session, pb.OperationBatch(sequence=1, operations=operations, has_claims=True))
+        results = await session.next_results()
+        assert results is not None and results.applied_sequence == 1
+        assert {r.call_id: (r.verdict, r.forbidden, r.message) for r in results.results} == {
+            2: (PROCEED, False, "")
+        } | dict.fromkeys((1, 3, 4, 5), (INVALID, True, "the loader's token is not for system 'default'"))
+        assert len(results.results) == 5
+    assert (await b.ask(check(b.new_call(), "xfs"))).verdict == PROCEED, "nothing holds the name there"
+    assert counted(bench).next_event_id == 1
+    bench.ledger.disconnect(session)
+
+
+async def test_of_whom_the_token_is_good_for_less_what_its_calls_held_elsewhere_is_given_back(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    session = a.session
+    assert session is not None
+    bench.ledger.allow(session, ("default", "ci-1"))
+    await a.ask(reserve(1))
+    bench.ledger.allow(session, ("default",))
+    assert not session.closed, "it holds nothing elsewhere"
+    with pytest.raises(
+        LeaseEnded, match="the token of process a of loader 'loader a' is no longer for system 'default'"
+    ):
+        bench.ledger.allow(session, ("ci-1",))
+    assert session.closed
+    assert (await b.ask(check(b.new_call()))).verdict == PROCEED
+    assert abandoned(bench) == [("loader a", 1, "xfs")]
+
+
+async def test_a_hello_gives_back_no_gate_of_systems_that_the_token_is_not_for(bench: Bench) -> None:
+    [b] = await connected(bench, "b")
+    await bench.ledger.connect(pb.Hello(instance_id="a", loader="a"), ("ci-*",))
+    held = pb.CallInFlight(system="default", call_id=1, inode="tree:/x.ko:0", module="x")
+    await bench.ledger.connect(pb.Hello(instance_id="a", loader="a", calls=[held]), ("ci-*",))
+    assert (await b.ask(enter(b.new_call(), "tree:/x.ko:0"))).verdict == PROCEED
+
+
 async def test_who_may_use_fewer_systems_is_not_told_of_others_modules(bench: Bench) -> None:
     a, b = await connected(bench, "a", "b")
     for call_id, module in ((1, "xfs"), (2, "kvm")):

@@ -131,6 +131,23 @@ async def test_what_would_take_too_much_memory_when_it_is_parsed_is_not_parsed(
         assert not (await client.load("minix", system=system)).call.errno
 
 
+async def test_a_loader_says_no_more_at_once_than_stats_svc_takes(start: Start, launch: Launch) -> None:
+    stats = start(message_limit="16KiB")
+    loader = launch("loader_svc", "--listen", "127.0.0.1:0", "--stats", stats.address)
+    label = "x" * 128
+    async with open_channel(loader.address, None) as channel:
+        stub = LoaderServiceStub(channel)
+        requests = [
+            loader_pb.LoadModuleRequest(module="minix", worker=label, requester=label, request_id=f"{n:0128}")
+            for n in range(400)
+        ]
+        calls = await asyncio.gather(
+            *(stub.LoadModule(request, timeout=WAIT_SECONDS, wait_for_ready=True) for request in requests)
+        )
+    assert sum(call.call.outcome == call_pb2.OUTCOME_LIVE for call in calls) == 1
+    assert not any("lost stats_svc" in line for line in loader.lines)
+
+
 async def test_rpcs_beyond_the_streams_of_a_connection_wait_their_turn(start: Start) -> None:
     stats = start(stream_limit=4)
     connection = http2.Connection(stats.address)

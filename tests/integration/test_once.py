@@ -198,7 +198,7 @@ async def test_a_loader_that_wakes_after_its_lease_has_lost_its_calls_and_goes_o
         assert (await b.load("minix")).call.errno == "EBUSY"
         assert (await b.load("minix")).call.outcome == call_pb2.OUTCOME_LIVE
         machine.signal("a", signal.SIGCONT)
-        with pytest.raises(Unavailable, match="for too long; the call is not counted"):
+        with pytest.raises(Unavailable, match="the call is lost, and not counted: the lease of process"):
             await first
         # It goes on as a new instance, and what it had left live is still in its memory.
         async with asyncio.timeout(60):

@@ -19,7 +19,7 @@ import pytest
 
 from modpressure.access import Door, role_of, systems_of
 from modpressure.client import Client
-from modpressure.errors import Forbidden, ModpressureError, Unauthenticated, Unavailable
+from modpressure.errors import Forbidden, ModpressureError, NotFound, Unauthenticated, Unavailable
 from modpressure.grpc_errors import translate_errors
 from modpressure.grpc_server import GrpcServer
 from modpressure.tls import BadCredentials, open_channel, read_token
@@ -36,6 +36,8 @@ from modpressure.v1.stats_service_pb2_grpc import (
     add_StatsServiceServicer_to_server,
 )
 from tests.services import Launch, Process
+
+COMING = stats_service_pb2.LoadedModule.STATE_COMING
 
 RPCS = [
     f"/{service.full_name}/{method.name}"
@@ -62,10 +64,10 @@ class Doors:
         )
         self.loader = self.start_loader(machine)
 
-    def start_loader(self, token_file: Path) -> Process:
+    def start_loader(self, token_file: Path, *arguments: str) -> Process:
         return self._launch(
             *("loader_svc", "--listen", "127.0.0.1:0", "--stats", self.stats.address),
-            *("--tokens", str(self.file), "--stats-token-file", str(token_file)),
+            *("--tokens", str(self.file), "--stats-token-file", str(token_file), *arguments),
         )
 
     def add(self, name: str, *roles: Role, systems: tuple[str, ...] = ("*",), expires: datetime | None = None) -> str:
@@ -159,6 +161,54 @@ async def test_a_loader_with_a_token_for_some_systems_loads_in_these(doors: Door
     client = Client([loader.address], doors.stats.address, timeout_seconds=20, token=doors.add("all", Role.ADMIN))
     assert await loaded(client, "ci-1") == ""
     assert (await client.unload("minix", system="ci-1")).unload.errno == ""
+    await client.close()
+
+
+async def test_what_a_loaders_own_token_is_not_for_is_refused_to_who_asks_it_and_to_nobody_else(
+    doors: Doors, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.token"
+    own.write_text(doors.add("own", Role.LOAD, systems=("ci-*",)))
+    loader = doors.start_loader(own)
+    client = Client([loader.address], doors.stats.address, timeout_seconds=20, token=doors.add("all", Role.ADMIN))
+    assert await loaded(client, "ci-1") == ""
+    for asked in (
+        client.load("romfs", system="other"),
+        client.load("romfs", system="other", request_id="one"),
+        client.unload("minix", system="other"),
+        client.request_module("romfs", system="other"),
+    ):
+        assert await refused(asked, Forbidden) == "the loader's token is not for system 'other'"
+        assert (await client.unload("minix", system="ci-1")).unload.errno == ""
+        assert await loaded(client, "ci-1") == ""
+    assert not any("lost stats_svc" in line for line in loader.lines)
+    await refused(client.stats("other"), NotFound)
+    await client.close()
+
+
+async def test_a_loader_whose_token_is_made_good_for_less_goes_on_in_what_is_left(doors: Doors, tmp_path: Path) -> None:
+    own, init = tmp_path / "own.token", tmp_path / "init.csv"
+    own.write_text(doors.add("own", Role.LOAD, systems=("ci-1", "ci-2")))
+    init.write_text("module,condition,duration_ms,result\nromfs,always,3600000,0\n")
+    loader = doors.start_loader(own, "--init", str(init))
+    client = Client([loader.address], doors.stats.address, timeout_seconds=60, token=doors.add("all", Role.ADMIN))
+    assert await loaded(client, "ci-1") == ""
+    assert await loaded(client, "ci-2") == ""
+    in_flight = asyncio.ensure_future(client.load("romfs", system="ci-2"))
+    async with asyncio.timeout(60):
+        while not any([module.state == COMING async for module in client.loaded_modules("ci-2")]):
+            await asyncio.sleep(0.05)
+    doors.file.write_text(doors.file.read_text().replace('["ci-1", "ci-2"]', '["ci-1"]'))
+    with pytest.raises(Unavailable, match=r"not counted: the token of .* is no longer for system 'ci-2'"):
+        await in_flight
+    assert (await client.unload("minix", system="ci-1")).unload.errno == ""
+    assert await refused(client.unload("minix", system="ci-2"), Forbidden) == (
+        "the loader's token is not for system 'ci-2'"
+    )
+    # What its call held there is given back, and what was live there stays so.
+    assert (await client.stats("ci-2")).abandoned_calls == 1
+    there = [module.module async for module in client.loaded_modules("ci-2")]
+    assert "minix" in there and "romfs" not in there
     await client.close()
 
 

@@ -7,11 +7,15 @@ import threading
 from collections import Counter
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader_svc.outbox import MAX_BATCH_OPERATIONS, Outbox
+from loader_svc.outbox import ENVELOPE_BYTES, MAX_BATCH_OPERATIONS, Outbox
 from modpressure.fair import FLOW, FairQueue, FairThreads, Flow
+from modpressure.limits import PARSED_FACTOR
+from modpressure.parsed_size import shape_of
+from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
 
 FLOWS = st.builds(Flow, st.sampled_from(["a", "b", "c"]), st.integers(0, 3))
@@ -59,6 +63,48 @@ def test_a_batch_has_some_of_everybody() -> None:
     batch = outbox.take()
     assert len(batch) == MAX_BATCH_OPERATIONS
     assert [operation.call_id for operation in batch[:3]] == [0, 1_000_000, 1]
+
+
+def test_a_batch_is_no_longer_than_may_be_said_at_once() -> None:
+    outbox = Outbox()
+    for call_id in range(10):
+        outbox.put(pb.Operation(call_id=call_id, check_name=pb.CheckName(module="x" * 100)), Flow("a"))
+    outbox.put(pb.Operation(call_id=10, check_name=pb.CheckName(module="x" * 1000)), Flow("a"))
+    lengths = []
+    while outbox:
+        lengths.append(len(outbox.take(6500)))
+    assert lengths == [4, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pb.Operation(call_id=1, open_system=pb.OpenSystem()),
+        pb.Operation(call_id=1, reserve_name=pb.ReserveName(module="x", symbols=[f"{n:x}" for n in range(500)])),
+        pb.Operation(
+            call_id=1,
+            form_module=pb.FormModule(
+                module="x", formation=pb.Formation(exports=b"x", uses=[pb.Use(module="y", position=1)] * 50)
+            ),
+        ),
+        pb.Operation(
+            call_id=1, finish_call=pb.FinishCall(call=call_pb2.Call(worker="w", start_time=Timestamp(nanos=1)))
+        ),
+        pb.Operation(call_id=1, record_calls=pb.RecordCalls(calls=[call_pb2.Call(start_time=Timestamp(nanos=1))])),
+    ],
+    ids=lambda operation: operation.WhichOneof("kind"),
+)
+def test_a_batch_is_no_more_than_stats_svc_will_parse(operation: pb.Operation) -> None:
+    limit_bytes = 64 * 1024
+    outbox = Outbox()
+    for _ in range(MAX_BATCH_OPERATIONS):
+        outbox.put(operation, Flow("a"))
+    shape = shape_of(pb.ConnectRequest.DESCRIPTOR)
+    while outbox:
+        batch = pb.OperationBatch(sequence=1 << 60, operations=outbox.take(limit_bytes - ENVELOPE_BYTES))
+        message = pb.ConnectRequest(batch=batch).SerializeToString()
+        assert len(message) <= limit_bytes
+        assert shape.parsed_bytes(message, 1 << 30) <= PARSED_FACTOR * limit_bytes
 
 
 def test_a_signal_stays_behind_the_operation_that_it_ends() -> None:

@@ -128,6 +128,7 @@ def test_a_switch_can_be_set_off(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--kmod", "31"], "--kmod: '31': input should be 30 or 34"),
         (["--memory-limit", "120%"], "--memory-limit: '120%' is more than there is"),
         (["--memory-limit", "0"], "--memory-limit: '0': it must be more than 0"),
+        (["--message-limit", "16383"], "--message-limit: '16383': it must be at least 16384 bytes"),
         (["--image-limit", "50%"], "--image-limit: '50%' is a share, but of what? Give bytes, such as 512MiB"),
         (["--listen", "here"], "--listen: 'here' is not HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051"),
         (["--listen", "::1:5"], "--listen: '::1:5' is not HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051"),
