@@ -279,6 +279,8 @@ class Ledger:
                 f"process {hello.instance_id} of loader {hello.loader!r} has done more than is known of it: this is"
                 " another database, or an older copy; it has to begin as a new instance"
             )
+        if instance is not None:
+            self._state.check_hello(instance, hello)
         others = [
             other
             for other in self._state.instances.values()

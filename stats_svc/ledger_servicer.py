@@ -12,7 +12,6 @@ from modpressure.grpc_errors import translate_errors
 from modpressure.v1 import ledger_service_pb2 as pb
 from modpressure.v1.ledger_service_pb2_grpc import LedgerServiceServicer
 from stats_svc.ledger import Ledger
-from stats_svc.names import MAX_CALLS_IN_FLIGHT
 from stats_svc.session import Session
 
 MAX_BATCH_OPERATIONS: Final = 10_000
@@ -66,7 +65,7 @@ class LedgerServicer(LedgerServiceServicer):
             self._ledger.allow(session, patterns())
             kind = request.WhichOneof("kind")
             if kind == "batch":
-                _check(session, request.batch)
+                _check(request.batch)
                 await self._ledger.submit(session, request.batch)
             elif kind != "heartbeat":
                 raise BadRequest("after the hello a stream has batches and heartbeats only", field="batch")
@@ -74,7 +73,7 @@ class LedgerServicer(LedgerServiceServicer):
         await self._ledger.finish(session)
 
 
-def _check(session: Session, batch: pb.OperationBatch) -> None:
+def _check(batch: pb.OperationBatch) -> None:
     """Return if a loader asks for no more than it may. OverLimit ends its stream."""
     asked = len(batch.operations)
     for operation in batch.operations:
@@ -87,8 +86,6 @@ def _check(session: Session, batch: pb.OperationBatch) -> None:
             f"{asked} operations in a batch, with what they record, are more than {MAX_BATCH_OPERATIONS}",
             field="operations",
         )
-    if len(session.waiting) + len(batch.operations) > MAX_CALLS_IN_FLIGHT:
-        raise OverLimit(f"{len(session.waiting)} operations of this loader wait already, {MAX_CALLS_IN_FLIGHT} may")
 
 
 async def _tell(session: Session, context: Any) -> None:

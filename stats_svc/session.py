@@ -195,6 +195,9 @@ class Instance:
     calls: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Calls that have not ended, as far as they have asked something: system and module of each, if that was said."""
 
+    requests: dict[int, str] = field(default_factory=dict)
+    """Requests that have not ended and that it holds a claim or a place for, or waits for one; and their system."""
+
     waits: dict[int, System] = field(default_factory=dict)
     """Calls that wait, and their system."""
 

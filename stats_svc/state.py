@@ -21,6 +21,7 @@ from stats_svc.claims import Claim
 from stats_svc.group import Group
 from stats_svc.limited_memory import allocation_from_proto
 from stats_svc.names import (
+    MAX_CALLS_IN_FLIGHT,
     MAX_RECORD_BYTES,
     MAX_RESULT_BYTES,
     check_claim,
@@ -66,6 +67,9 @@ _ENDS: Final = frozenset({"finish_call", "remove_module", "record_calls"})
 _WAITING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "await_init", "claim_request"})
 """Operations that may have to wait for another call."""
 
+_REQUEST_ENDS: Final = frozenset({"settle_claim", "finish_request"})
+"""Those after which a request is in flight no more, a client's or the kernel's."""
+
 _NAMING: Final = frozenset({"enter_gate", "check_name", "reserve_name", "form_module"})
 """Those that name the call's module."""
 
@@ -103,6 +107,9 @@ class LedgerState:
             )
             for row in snapshot.instances
         }
+        for row in snapshot.claims:
+            if (holder := self.instances.get(row.instance_id)) is not None:
+                holder.requests[row.call_id] = row.system
         self._stored_claims: Mapping[ClaimKey, ClaimRow] | None = None
         """What the store has of the claims of the batch that is being applied, if that was looked up."""
 
@@ -156,8 +163,8 @@ class LedgerState:
                 if kind == "open_system":
                     self._open_system(group, session, system, operation, now_ns)
                     continue
-                if kind == "finish_call":
-                    calls.pop(operation.call_id, None)
+                if kind == "finish_call" or kind in _REQUEST_ENDS:
+                    _end(session.instance, operation)
                 if system is None:
                     raise NotFound(f"there is no system {shown(operation.system)}")
                 if peak_held_bytes > system.peak_held_bytes:
@@ -166,14 +173,19 @@ class LedgerState:
                     continue
                 if kind is None:
                     raise BadRequest(f"the operation of call {operation.call_id} asks nothing that is known here")
-                if kind in _NAMING or (kind in STEPS and operation.call_id not in calls):
-                    calls[operation.call_id] = (operation.system, _module_of(kind, operation))
+                if kind in STEPS:
+                    _check_in_flight(session.instance, system, operation.call_id)
+                    if kind in _NAMING or operation.call_id not in calls:
+                        calls[operation.call_id] = (system.id, _module_of(kind, operation))
                 self._operations[kind](group, session, system, operation)
             except LostClaim as error:
                 group.results_of(session).results.add(
                     call_id=operation.call_id, verdict=pb.OperationResult.VERDICT_LOST, message=error.sentence
                 )
             except ModpressureError as error:
+                if kind == "finish_call" and system is not None:
+                    # It is over, whatever it should have been: it must not keep who waits for it.
+                    self._wake(group, system.give_gate_up((session.instance.id, operation.call_id)))
                 group.results_of(session).results.add(
                     call_id=operation.call_id,
                     verdict=pb.OperationResult.VERDICT_INVALID,
@@ -220,6 +232,8 @@ class LedgerState:
         return False
 
     def _answer(self, group: Group, session: Session, call_id: int, answer: Answer, event_id: int = 0) -> None:
+        if answer.verdict is not Verdict.PROCEED:
+            session.instance.requests.pop(call_id, None)
         group.results_of(session).results.add(
             call_id=call_id,
             verdict=_VERDICTS[answer.verdict],
@@ -258,6 +272,7 @@ class LedgerState:
                     self._answer(group, session, call_id, answer)
                     self._tell_record(group, session, record)
                 else:
+                    instance.requests.pop(call_id, None)
                     group.results_of(session).results.add(
                         call_id=call_id, verdict=pb.OperationResult.VERDICT_LOST, message=_TOO_MUCH
                     )
@@ -353,6 +368,7 @@ class LedgerState:
             _place(part.call, system, instance, call_id, event_id)
             system.claims.add(group, claim, part)
             if finish.settles:
+                instance.requests.pop(finish.claim, None)
                 self._tell_result(group, claim, system.claims.settle(group, claim))
 
     def _remove_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
@@ -367,6 +383,7 @@ class LedgerState:
             part.unload.errno = answer.errno
             _place(part.unload, system, instance, call_id, event_id)
             system.claims.add(group, claim, part)
+            instance.requests.pop(asked.claim, None)
             self._tell_result(group, claim, system.claims.settle(group, claim))
 
     # --- requests of clients ---
@@ -381,13 +398,19 @@ class LedgerState:
     def _claim_request(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         call_id, asked = operation.call_id, operation.claim_request
         check_claim(asked.request_id, asked.digest)
+        _check_in_flight(session.instance, system, call_id)
         if not _may_tell(group, session):
             raise LostClaim(_TOO_MUCH)
         if self._stored_claims is None:
             raise BadRequest(f"the batch of call {call_id} does not say that it has claims", field="has_claims")
         stored = self._stored_claims.get((system.id, asked.request_id))
         caller = (session.instance.id, call_id)
+        held = system.claims.of(caller)
+        if held is not None and held.request_id != asked.request_id:
+            raise BadRequest(f"call {call_id} holds a claim on another request id: {shown(held.request_id)}")
         answer, record = system.claims.claim(group, asked.request_id, asked.digest, caller, stored)
+        if answer is None or answer is PROCEED:
+            session.instance.requests[call_id] = system.id
         self._answer_or_wait(group, session, system, call_id, answer)
         if answer is not None:
             self._tell_record(group, session, record)
@@ -467,7 +490,10 @@ class LedgerState:
 
     def _request_module(self, group: Group, session: Session, system: System, operation: pb.Operation) -> None:
         caller, asked = (session.instance.id, operation.call_id), operation.request_module
+        _check_in_flight(session.instance, system, operation.call_id)
         answer = system.autoload.request(asked.name, caller, self._clock_ns(), merge=asked.merge)
+        if answer is None or answer.verdict is Verdict.PROCEED:
+            session.instance.requests[operation.call_id] = system.id
         self._answer_or_wait(group, session, system, operation.call_id, answer)
         if system.autoload.next_expiry_ns is not None:
             self.systems.queued[system.id] = system
@@ -491,10 +517,19 @@ class LedgerState:
         for held in requests:
             system = self.systems.get(held.system)
             if system is not None:
+                instance.requests[held.call_id] = system.id
                 request = held.request
                 system.autoload.restore(request.name, (instance.id, held.call_id), merge=request.merge)
 
     # --- loader processes ---
+
+    @staticmethod
+    def check_hello(instance: Instance, hello: pb.Hello) -> None:
+        """Return if a loader has no more in flight with what it says than it may. OverLimit if it has."""
+        calls = instance.calls.keys() | {call.call_id for call in hello.calls}
+        requests = instance.requests.keys() | {held.call_id for held in hello.requests}
+        if len(calls) + len(requests) > MAX_CALLS_IN_FLIGHT:
+            raise _too_many(instance)
 
     def take_calls(self, instance: Instance, calls: Iterable[pb.CallInFlight]) -> None:
         """Learn which calls of a loader are in flight, and give the gates back that they hold.
@@ -508,7 +543,7 @@ class LedgerState:
                 # flight would be taken for one that was never answered.
                 continue
             caller = (instance.id, call.call_id)
-            instance.calls.setdefault(call.call_id, (call.system, call.module or module_of_inode(call.inode)))
+            instance.calls.setdefault(call.call_id, (system.id, call.module or module_of_inode(call.inode)))
             is_idle = caller not in system.gate.held and call.call_id not in instance.waits
             if call.inode and is_idle and system.enter(call.inode, caller) is None:
                 # Somebody else was given it meanwhile. The call goes on; there is no result of it to share.
@@ -565,6 +600,7 @@ class LedgerState:
         for call_id, system in instance.waits.items():
             system.interrupt((instance.id, call_id))
         instance.calls.clear()
+        instance.requests.clear()
         instance.waits.clear()
         instance.interrupted.clear()
         for system in self.systems.values():
@@ -585,6 +621,39 @@ class LedgerState:
             if system_id in self.systems:
                 self.systems[system_id].abandon(group, instance, call_id, module)
         return len(abandoned)
+
+
+def _check_in_flight(instance: Instance, system: System, call_id: int) -> None:
+    """Return if a call or request of a loader process is in flight already, or may be.
+
+    OverLimit if there are too many, BadRequest if it was begun in another system.
+    """
+    begun = _begun_in(instance, call_id)
+    if begun and begun != system.id:
+        raise _elsewhere(call_id, begun, system.id)
+    if not begun and len(instance.calls) + len(instance.requests) >= MAX_CALLS_IN_FLIGHT:
+        raise _too_many(instance)
+
+
+def _end(instance: Instance, operation: pb.Operation) -> None:
+    """Note that a call or request is in flight no more. BadRequest if it was begun in another system."""
+    call_id = operation.call_id
+    begun = _begun_in(instance, call_id)
+    if begun and begun != operation.system:
+        raise _elsewhere(call_id, begun, operation.system)
+    (instance.calls if operation.HasField("finish_call") else instance.requests).pop(call_id, None)
+
+
+def _begun_in(instance: Instance, call_id: int) -> str:
+    return instance.calls.get(call_id, (instance.requests.get(call_id, ""), ""))[0]
+
+
+def _elsewhere(call_id: int, begun: str, system: str) -> BadRequest:
+    return BadRequest(f"call {call_id} was begun in system {begun!r}, not in {shown(system)}", field="system")
+
+
+def _too_many(instance: Instance) -> OverLimit:
+    return OverLimit(f"loader {instance.loader!r} can't have more than {MAX_CALLS_IN_FLIGHT} calls in flight")
 
 
 def _may_tell(group: Group, session: Session) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -141,10 +142,10 @@ class System:
 
     def enter(self, inode: str, caller: Caller) -> Answer | None:
         """Enter the gate of an inode. BadRequest if the caller holds that of another one: a call has one file."""
-        held = self.gate.held.get(caller, inode)
-        if held != inode:
-            raise BadRequest(f"the call holds the gate of {shown(held)}, and can't enter that of {shown(inode)}")
-        return self.gate.enter(inode, caller)
+        key = _gate_of(inode)
+        if self.gate.held.get(caller, key) != key:
+            raise BadRequest(f"the call holds the gate of another file, and can't enter that of {shown(inode)}")
+        return self.gate.enter(key, caller)
 
     def leave(self, caller: Caller, errno: str) -> Woken:
         """Leave the gate, if the caller holds one, with its result."""
@@ -155,10 +156,10 @@ class System:
 
         No result could be right for all: there is none. So they are as if the holder had never come.
         """
-        inode = self.gate.held.get(caller, "")
+        key = self.gate.held.get(caller, "")
         entered: Woken = []
         for waiter, _ in self.leave(caller, ""):
-            if self.enter(inode, waiter) is not None:
+            if self.gate.enter(key, waiter) is not None:
                 entered.append((waiter, Answer(Verdict.PROCEED, waited=True)))
         return entered
 
@@ -397,6 +398,11 @@ class System:
         delta = group.delta(self.id)
         delta.peak_held_bytes = self.peak_held_bytes
         return delta
+
+
+def _gate_of(inode: str) -> str:
+    """Return what a gate is known by: an inode with a long path would be kept for each call that waits there."""
+    return hashlib.blake2b(inode.encode(), digest_size=16).hexdigest()
 
 
 def _bytes_of(counters: Counters) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modpressure.errors import BadRequest, Forbidden, LeaseEnded, NotNow, Replaced
+from modpressure.errors import BadRequest, Forbidden, LeaseEnded, NotNow, OverLimit, Replaced
 from modpressure.kernel.outcome import Outcome
 from modpressure.v1 import call_pb2
 from modpressure.v1 import ledger_service_pb2 as pb
@@ -196,7 +196,7 @@ async def test_a_call_has_one_gate_which_is_free_when_its_loader_is_gone(bench: 
     await a.ask(enter(1, "first"))
     refused = await a.ask(enter(1, "second"))
     assert refused.verdict == pb.OperationResult.VERDICT_INVALID
-    assert refused.message == "the call holds the gate of 'first', and can't enter that of 'second'"
+    assert refused.message == "the call holds the gate of another file, and can't enter that of 'second'"
     twice = a.hello()
     twice.calls.add(system="default", call_id=1, inode="second")
     a.disconnect()
@@ -573,6 +573,10 @@ def claim(call_id: int, request_id: str = "r", digest: bytes = b"xfs") -> pb.Ope
     return pb.Operation(call_id=call_id, claim_request=pb.ClaimRequest(request_id=request_id, digest=digest))
 
 
+def request_module(call_id: int) -> pb.Operation:
+    return pb.Operation(call_id=call_id, request_module=pb.RequestModule(name="xfs"))
+
+
 def gives_up(call_id: int) -> pb.Operation:
     return pb.Operation(call_id=call_id, settle_claim=pb.SettleClaim(gives_up=True))
 
@@ -822,6 +826,79 @@ async def test_a_symbol_that_is_longer_than_any_is_refused(bench: Bench, field: 
     formation = pb.Formation(exports=pb.Exports(exports=[export]).SerializeToString())
     result = await a.ask(pb.Operation(call_id=1, reserve_name=pb.ReserveName(module="xfs", formation=formation)))
     assert result.verdict == INVALID and result.message.endswith("is longer than 512 characters")
+
+
+async def test_a_loader_has_so_many_calls_in_flight_and_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "MAX_CALLS_IN_FLIGHT", 5)
+    a, b = await connected(bench, "a", "b")
+    begun = [enter(1), enter(2), reserve(3), claim(4), request_module(5)]
+    begins = [a.begin(operation) for operation in begun]
+    await settle(a)
+    [instance, system] = [bench.ledger._state.instances["a"], bench.ledger._state.systems["default"]]
+    for operation in (enter(6, "another"), check(7), reserve(8, "new"), claim(9, "s"), request_module(10)):
+        refused = await a.ask(operation)
+        assert (refused.verdict, refused.over_limit) == (INVALID, True)
+        assert refused.message == "loader 'loader a' can't have more than 5 calls in flight"
+    # Nothing of it is held, and nothing said in a hello.
+    assert set(instance.calls) == {1, 2, 3} and set(instance.requests) == {4, 5}
+    assert len(system.gate.held) == 1 and system.autoload.in_flight == 1 and system.claims.held == 1
+    for more in (
+        pb.Hello(calls=[pb.CallInFlight(system="default", call_id=6)]),
+        pb.Hello(requests=[pb.HeldRequest(system="default", call_id=6)]),
+    ):
+        hello = a.hello()
+        hello.MergeFrom(more)
+        with pytest.raises(OverLimit, match="more than 5 calls in flight"):
+            await bench.ledger.connect(hello)
+    # Others have their own.
+    assert (await b.ask(reserve(b.new_call(), "new"))).verdict == PROCEED
+    # What is in flight goes on, and makes room when it ends.
+    assert (await a.ask(check(1, "other"))).verdict == PROCEED
+    ends = [
+        fail(1),
+        fail(3, reserved=True),
+        pb.Operation(call_id=4, settle_claim=pb.SettleClaim()),
+        pb.Operation(call_id=5, finish_request=pb.FinishRequest()),
+    ]
+    for number, end in enumerate(ends):
+        assert (await a.ask(end)).verdict == PROCEED
+        assert (await a.ask(check(20 + number, "other"))).verdict == PROCEED
+        assert (await a.ask(check(30 + number, "other"))).over_limit
+    assert all(begin.done() for begin in begins)
+
+
+async def test_a_call_is_one_systems(bench: Bench) -> None:
+    [a] = await connected(bench, "a")
+    await bench.ledger.create_system("other", 2)
+    begun = [enter(1), claim(2), request_module(3)]
+    for operation in begun:
+        assert (await a.ask(operation)).verdict == PROCEED
+        elsewhere = pb.Operation()
+        elsewhere.CopyFrom(operation)
+        elsewhere.system = "other"
+        refused = await a.ask(elsewhere)
+        assert refused.verdict == INVALID
+        assert refused.message == f"call {operation.call_id} was begun in system 'default', not in 'other'"
+    # Nor does it end there.
+    ends = [
+        fail(1),
+        pb.Operation(call_id=2, settle_claim=pb.SettleClaim()),
+        pb.Operation(call_id=3, finish_request=pb.FinishRequest()),
+    ]
+    for operation in ends:
+        operation.system = "other"
+        assert "was begun in system 'default'" in (await a.ask(operation)).message
+    [instance, system] = [bench.ledger._state.instances["a"], bench.ledger._state.systems["default"]]
+    assert set(instance.calls) == {1} and set(instance.requests) == {2, 3}
+    refused = await a.ask(claim(2, "another"))
+    assert refused.message == "call 2 holds a claim on another request id: 'r'"
+    # A call that has ended in a way that makes no sense keeps nobody waiting.
+    waiting = a.begin(enter(4))
+    await settle(a)
+    assert (await a.ask(fail(1, 99))).verdict == INVALID
+    assert said(await waiting) == (PROCEED, "", True)
+    assert len(system.gate.held) == 1
+    assert not bench.ledger._state.systems["other"].has_calls_in_flight
 
 
 async def test_signals_are_remembered_of_so_many_calls_and_no_more(
