@@ -130,6 +130,7 @@ def test_version(run: Run) -> None:
         ("up --port 65535", "--port 65535 leaves no ports for 1 loaders"),
         ("up --port 70000", ": 70000 is not between 0 and 65535"),
         ("frobnicate", "modpressure: No such command 'frobnicate'"),
+        ("token new t.toml --name a --role load --days 0", "0 is not a number of days, more than 0 and at most 36500"),
     ],
 )
 def test_bad_usage_is_one_sentence_and_exit_2(line: str, sentence: str, run: Run) -> None:
