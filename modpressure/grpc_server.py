@@ -155,7 +155,7 @@ class GrpcServer:
         self._server: Any = None
         self._servicers: list[tuple[Any, Callable[[Any, Any], None], str]] = []
         self._serving: dict[str, bool] = {}
-        self._stop_steps: list[Callable[[], Awaitable[None]]] = []
+        self._stop_steps: list[Callable[[], Awaitable[object]]] = []
         self._in_flight = InFlight()
         self.stopping = asyncio.Event()
         """Set when the stop begins. A stream without an end of its own watches this and ends."""
@@ -176,8 +176,8 @@ class GrpcServer:
         """Have requests that were let in go through ``interceptor``. Before ``start``."""
         self._interceptors.append(interceptor)
 
-    def on_stop(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Have ``step`` awaited during the stop, after the health says so and before RPCs are cut off."""
+    def on_stop(self, step: Callable[[], Awaitable[object]]) -> None:
+        """Have ``step`` awaited during the stop, after the health says so; RPCs have what it leaves of the grace."""
         self._stop_steps.append(step)
 
     async def start(self) -> str:
@@ -276,13 +276,15 @@ class GrpcServer:
         self._let_go()
 
     async def _stop(self, grace_seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + grace_seconds
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HEALTH_UPDATE_SECONDS):
                 await self._health.enter_graceful_shutdown()
         self.stopping.set()
         for step in self._stop_steps:
             await step()
-        await self._end(grace_seconds)
+        await self._end(max(0, due - loop.time()))
 
     async def _end(self, grace_seconds: float) -> None:
         """Let RPCs end within a grace, cut off those that do not, and close all connections."""

@@ -7,10 +7,11 @@ lock, and others don't start; of several over PostgreSQL one leads, and the othe
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,10 +47,19 @@ STEP_PAGES: Final = 256
 """Pages by which it is shrunk in one transaction, which others wait for; some milliseconds."""
 
 STATEMENT_TIMEOUT_SECONDS: Final = 30
-"""How long PostgreSQL may take for one statement."""
+"""How long PostgreSQL may take for one statement, be it that it answers meanwhile or that nobody listens any more."""
 
 _PATIENCE: Final = {"keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 5000}
 """How soon a PostgreSQL server that is gone without a word is noticed (libpq's parameters; seconds, milliseconds)."""
+
+SILENCE_SECONDS: Final = 5.0
+"""How long a PostgreSQL server that is there may say nothing to who waits for it, before it counts as away.
+
+As long as one that is gone may (``_PATIENCE``), or an SQLite file be locked. A leader asks each second, so its health
+says so after six. No more is lost by the wait than must be, as from ``lead_seconds`` (3) on a leader answers nothing
+that the database has not confirmed; a shorter one would take a machine that is merely busy, whose commits and
+checkpoints may take some seconds, for one that hangs.
+"""
 
 RETRY_SECONDS: Final = 3.0
 """How long a transaction is tried again that PostgreSQL undid, or lost a connection over."""
@@ -80,6 +90,9 @@ class Database:
         """Which of several writes to it; None where there can't be several."""
 
         self._lock: FileLock | None = None
+        self._is_silent = False
+        """Whether the writer's last transaction ended because no server answered."""
+
         with self.errors():
             if self.is_sqlite:
                 Path(self.name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,16 +126,20 @@ class Database:
         """Bring the tables to this program's version, all of them or none."""
         with self.writer.begin() as connection:
             if not self.is_sqlite:
+                self._take_time(connection)
                 # Others may be starting, too: the second finds that all is done.
-                self.take_time(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             migrations.upgrade(connection, self._location.version(connection) or 0)
-
-    def take_time(self, connection: Connection) -> None:
-        """Lift the limits of time for the rest of a transaction that takes long."""
         if not self.is_sqlite:
-            for limit in ("idle_in_transaction_session_timeout", "statement_timeout"):
-                connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
+            # The next connection has its limits again.
+            self.writer.dispose()
+
+    def _take_time(self, connection: Connection) -> None:
+        """Lift the limits of time of PostgreSQL, for the rest of a transaction, and of a connection."""
+        for limit in ("idle_in_transaction_session_timeout", "statement_timeout"):
+            connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
+        connected: Any = connection.connection.dbapi_connection
+        connected.silence_seconds = math.inf
 
     def _lock_sqlite(self) -> FileLock:
         try:
@@ -187,6 +204,17 @@ class Database:
             connect_args={"application_name": "stats_svc", "options": " ".join(options), **_PATIENCE},
         )
 
+        # Not before the engine, which says what is missing if it is.
+        from stats_svc.postgresql import HeardConnection
+
+        @event.listens_for(engine, "do_connect")
+        def on_connect(_: Any, __: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> HeardConnection:
+            if not writer:
+                self._check_heard()
+            connection = HeardConnection.connect(*arguments, **named)
+            connection.silence_seconds = SILENCE_SECONDS
+            return connection
+
         @event.listens_for(engine, "handle_error")
         def on_error(context: sa.engine.ExceptionContext) -> None:
             # psycopg may say of a lost connection that it is open, in the middle of a statement. SQLAlchemy would try
@@ -204,6 +232,34 @@ class Database:
             if self._lock is None or (stat.st_dev, stat.st_ino) != self._lock.identity:
                 raise StoreError(f"{self.name} has been replaced by another file")
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Give a connection that sees one state of things. StoreError; at once while the server is silent."""
+        self._check_heard()
+        with self.errors(), self.reader.connect() as connection:
+            yield connection
+
+    def _check_heard(self) -> None:
+        # The ledger goes on asking by the writer. A reader that waited as well would keep others waiting behind it.
+        if self._is_silent:
+            raise StoreError(f"{self.name}: the server does not answer")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Give a transaction of the writer, of which nobody has to be told who leads. StoreError."""
+        with self.errors(), self._transaction() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self.writer.begin() as connection:
+                yield connection
+        except BaseException as error:
+            self._is_silent = isinstance(error, sa.exc.DBAPIError) and _is_unanswered(error)
+            raise
+        self._is_silent = False
+
     def write(self, work: Callable[[Connection], None]) -> None:
         """Do ``work`` in a transaction of the writer, durably or not at all.
 
@@ -213,7 +269,7 @@ class Database:
         self.check_writer()
         with self.errors():
             if self.leadership is None:
-                with self.writer.begin() as connection:
+                with self._transaction() as connection:
                     work(connection)
             else:
                 self._write_as_leader(self.leadership, work)
@@ -225,7 +281,7 @@ class Database:
         while True:
             begun = time.monotonic()
             try:
-                with self.writer.begin() as connection:
+                with self._transaction() as connection:
                     if not (is_again and leadership.was_made(connection)):
                         begun = leadership.move_on(connection)
                         work(connection)
@@ -266,7 +322,7 @@ class Database:
     def close(self) -> None:
         """Let go of everything, the lead included."""
         if self.leadership is not None:
-            with contextlib.suppress(StoreError), self.errors(), self.writer.begin() as connection:
+            with contextlib.suppress(StoreError), self.writing() as connection:
                 self.leadership.give_up(connection)
         self.writer.dispose()
         self.reader.dispose()
@@ -283,6 +339,11 @@ def _is_lost(error: sa.exc.DBAPIError) -> bool:
     """Return whether there is no connection to PostgreSQL, or none any more, as the client's library says."""
     is_of_connections = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
     return is_of_connections and getattr(error.orig, "sqlstate", None) is None
+
+
+def _is_unanswered(error: sa.exc.DBAPIError) -> bool:
+    """Return whether PostgreSQL was waited for as long as may be, by name as its package may be missing."""
+    return type(error.orig).__name__ == "ConnectionTimeout"
 
 
 def _is_worth_a_retry(error: sa.exc.DBAPIError) -> bool:

@@ -134,6 +134,9 @@ class Ledger:
 
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._tasks: list[asyncio.Task[None]] = []
+        self._failure: StoreError | None = None
+        """Why the database could not be written to when it was last asked, beside any commit."""
+
         self.held_bytes = 0
         """Memory that the connected loaders hold, as they last said."""
 
@@ -178,17 +181,29 @@ class Ledger:
         if DEFAULT_SYSTEM not in self._state.systems:
             await self.create_system(DEFAULT_SYSTEM, DEFAULT_POLICY)
 
-    async def stop(self) -> None:
-        """Commit and answer what has been asked, end all streams, and stop."""
+    async def stop(self, grace_seconds: float | None = None) -> bool:
+        """Commit and answer what has been asked, end all streams, and stop; all that within a grace, if there is one.
+
+        Return whether the writer's thread has ended. If not, the database keeps it waiting, and what was asked is not
+        answered: it may have been committed or not, which the next process sees.
+        """
+        loop = asyncio.get_running_loop()
+        due = None if grace_seconds is None else loop.time() + grace_seconds
         # With the place of each loader in its stream, so that the next process finds no gap.
         self._group.durable = self._group.durable or bool(self._unsaved)
-        with contextlib.suppress(Unavailable):
-            await self._flush()
+        with contextlib.suppress(Unavailable, TimeoutError):
+            async with asyncio.timeout_at(due):
+                await self._flush()
         self._go_away("stats_svc is stopping")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._writer.shutdown)
+        try:
+            async with asyncio.timeout_at(due):
+                await asyncio.to_thread(self._writer.shutdown)
+        except TimeoutError:
+            return False
+        return True
 
     @property
     def available(self) -> bool:
@@ -242,6 +257,7 @@ class Ledger:
             # Until it comes back: what its calls had reserved is stored.
             instance.away_since = now
         self._away = self.leader_address = ""
+        self._failure = None
         self._on_available(True)
 
     def _go_away(self, sentence: str) -> None:
@@ -683,6 +699,8 @@ class Ledger:
             group, self._group = self._group, Group()
             self._room.set()
             try:
+                if self._failure is not None:
+                    raise self._failure
                 # Answers from memory are right only as long as nobody else can have changed what is stored.
                 if group.durable or not self._store.leads_for_certain:
                     await self._commit(group)
@@ -793,9 +811,8 @@ class Ledger:
         try:
             await self._in_writer(self._store.ping)
         except StoreError as error:
-            _log.warning("database does not answer", reason=error.sentence)
-            # A commit of nothing much: it fails as any other would, and takes the same way back.
-            self._group.durable = True
+            # The next commit fails with it, and takes the way back that any other would.
+            self._failure = error
             self._filled.set()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
+import os
 import socket
 from typing import Final
 
@@ -27,20 +29,37 @@ from stats_svc.store import SqlStore
 STATS_SERVICE: Final = "modpressure.v1.StatsService"
 LEDGER_SERVICE: Final = "modpressure.v1.LedgerService"
 
+CLOSE_SECONDS: Final = 2.0
+"""How long, after the grace, the database may take to let go."""
+
 _log = structlog.get_logger(__name__)
 
 
 async def serve(settings: StatsSettings) -> None:
     """Serve until SIGINT or SIGTERM. ModpressureError if it can't start."""
     store = await asyncio.to_thread(SqlStore, settings.database, lead_seconds=settings.lead_seconds)
+    is_idle = True
     try:
-        await _serve(settings, store)
+        is_idle = await _serve(settings, store)
     finally:
-        await asyncio.to_thread(store.close)
+        is_closed = is_idle and await _closes(store)
     _log.info("stats_svc stopped")
+    if not is_closed:
+        # The interpreter would wait for the threads that the database keeps waiting.
+        os._exit(0)
 
 
-async def _serve(settings: StatsSettings, store: SqlStore) -> None:
+async def _closes(store: SqlStore) -> bool:
+    """Close the store; return whether it is closed, False if it does not come to that."""
+    closing = asyncio.ensure_future(asyncio.to_thread(store.close))
+    done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+    for closed in done:
+        closed.result()
+    return bool(done)
+
+
+async def _serve(settings: StatsSettings, store: SqlStore) -> bool:
+    """Serve until stopped; return whether nothing is left that uses the store."""
     vouching = Vouching(lambda: store.leader_id)
     server = GrpcServer(
         settings.listen,
@@ -72,7 +91,7 @@ async def _serve(settings: StatsSettings, store: SqlStore) -> None:
     forwarder = Forwarder(lambda: ledger.leader_address, peer_tls, server.stopping, vouching)
     server.intercept(forwarder)
     # Streams of loaders have no end of their own, and loaders know how to come back.
-    server.on_stop(ledger.stop)
+    server.on_stop(functools.partial(ledger.stop, settings.grace_seconds))
 
     async def keep_health() -> None:
         while True:
@@ -98,8 +117,9 @@ async def _serve(settings: StatsSettings, store: SqlStore) -> None:
     finally:
         health.cancel()
         housekeeping.cancel()
-        await ledger.stop()
+        is_idle = await ledger.stop(CLOSE_SECONDS)
         await forwarder.close()
+    return is_idle
 
 
 def _reached_at(address: str) -> str:

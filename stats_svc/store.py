@@ -132,7 +132,7 @@ class SqlStore:
         """
         self._database.check_writer()
         now_ns = time.time_ns()
-        with self._database.errors(), self._database.writer.begin() as connection:
+        with self._database.writing() as connection:
             if self._database.leadership is not None:
                 self._database.leadership.take(connection)
             connection.execute(sa.update(schema.about).values(opened_time_ns=now_ns))
@@ -200,7 +200,7 @@ class SqlStore:
         table = schema.modules
         modules = sa.select(table).where(table.c.system == key).order_by(table.c.position)
         query = sa.select(schema.systems, *memory_rows.LIMIT_COLUMNS).select_from(memory_rows.with_limits)
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             row = _system_row(connection.execute(query.where(schema.systems.c.id == key)).one())
             row.id = system
             return SystemSnapshot(
@@ -376,18 +376,18 @@ class SqlStore:
 
     def export_system(self, system: str) -> Generator[bytes, None, None]:
         """Yield a system as a file, at one point in time; nothing if there is none of that id."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             if self._system(connection, system) is not None:
                 yield from system_file.write(connection, system, time.time_ns())
 
     def system(self, system: str) -> SystemRow | None:
         """Return a system with the number of its live modules, None if there is none of that id."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return self._system(connection, system)
 
     def stats(self, system: str) -> tuple[SystemRow, dict[Requester, Tally]] | None:
         """Return a system and what its requesters came to, at one point in time; None if there is none of that id."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             row = self._system(connection, system)
             return None if row is None else (row, requester_rows.tallies(connection, system))
 
@@ -399,18 +399,18 @@ class SqlStore:
         """Return systems whose ids come after ``after_id``, by id."""
         name = schema.systems.c.name
         query = self._statements.systems.where(name > after_id).order_by(name).limit(limit)
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return [_system_row(row) for row in connection.execute(query)]
 
     def report(self, system: str) -> tuple[SystemRow, list[FailedRow]] | None:
         """Return a system and all its failed modules, newest first, at one point in time; None if there is none."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             row = self._system(connection, system)
             return None if row is None else (row, _failed(connection, system, None, None))
 
     def failed_modules(self, system: str, *, before_position: int | None, limit: int) -> list[FailedRow]:
         """Return failed modules, newest first, from before a position in the list."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return _failed(connection, system, before_position, limit)
 
     def modules(self, system: str, *, before_position: int | None, limit: int) -> list[ModuleRow]:
@@ -424,7 +424,7 @@ class SqlStore:
         )
         if before_position is not None:
             query = query.where(table.c.position < before_position)
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return [_module_row(system, row) for row in connection.execute(query)]
 
     def users(self, system: str, names: Sequence[str]) -> dict[str, list[str]]:
@@ -437,7 +437,7 @@ class SqlStore:
             .order_by(modules.c.position.desc())
         )
         found: dict[str, list[str]] = {}
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             for used, name in connection.execute(query):
                 found.setdefault(used, []).append(name)
         return found
@@ -472,13 +472,13 @@ class SqlStore:
         if kind is not None:
             query = query.where(table.c.kind == int(kind))
         order = table.c.last_event_id.desc() if newest else table.c.last_event_id
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(query.order_by(order).limit(limit)).all()
         return [StoredSegment(*row[:-1], encoded=zstandard.decompress(row[-1])) for row in rows]
 
     def find_claims(self, keys: Collection[ClaimKey]) -> dict[ClaimKey, ClaimRow]:
         """Return those of some claims that are stored."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return claim_rows.find(connection, keys)
 
     def oldest_event_id(self, system: str) -> int:
@@ -490,17 +490,17 @@ class SqlStore:
             .order_by(table.c.last_event_id)
             .limit(1)
         )
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return connection.scalar(query) or 0
 
     def first_segment(self, instance_id: str) -> int:
         """Return the least number of a segment with what a loader process may ask again; 0 if it is not known."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return instance_rows.first_segment(connection, instance_id)
 
     def instance(self, instance_id: str) -> InstanceRow | None:
         """Return a loader process, also one that is fenced; None if it is not known."""
-        with self._database.errors(), self._database.reader.connect() as connection:
+        with self._database.reading() as connection:
             return instance_rows.find(connection, instance_id)
 
 

@@ -47,6 +47,21 @@ class PostgresServer:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have it and its workers stand still, as SIGSTOP does: connections stand, and nothing is answered."""
+        self.process.send_signal(signal.SIGSTOP)
+        # What stands still has no more children.
+        workers = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        stopped = [self.process.pid, *map(int, workers)]
+        try:
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
     def restart(self) -> None:
         """End it at once, as a crash does but for its workers and shared memory, and start it again."""
         self.process.send_signal(signal.SIGQUIT)
