@@ -101,6 +101,9 @@ class Claims:
         if held is not None:
             if held.owner == caller:
                 return PROCEED, held.record
+            if self._waits.get(caller, held) is not held:
+                # A call waits for one thing at a time; one that asks for another has given the first up.
+                self.interrupt(caller)
             held.waiters[caller] = None
             self._waits[caller] = held
             return None, held.record

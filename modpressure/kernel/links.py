@@ -124,7 +124,9 @@ class Links(Generic[Caller]):
         return len(self._waits)
 
     def wait(self, owner: str, caller: Caller) -> None:
-        """Have a call wait until the init function of ``owner`` has ended, however it ends."""
+        """Have a call wait until the init function of ``owner`` has ended, however it ends, and for no other one."""
+        if self._waits.get(caller, owner) != owner:
+            self.interrupt(caller)
         self._waiters.setdefault(owner, {})[caller] = None
         self._waits[caller] = owner
 

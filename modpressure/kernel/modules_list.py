@@ -147,6 +147,9 @@ class ModulesList(Generic[Caller]):
         return answer
 
     def _wait(self, name: str, caller: Caller) -> None:
+        if self._waits.get(caller, name) != name:
+            # A caller waits for one thing at a time; one that asks for another has given the first up.
+            self.interrupt(caller)
         self._entries[name].waiters[caller] = None
         self._waits[caller] = name
 

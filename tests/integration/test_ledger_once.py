@@ -867,6 +867,17 @@ async def test_a_loader_has_so_many_calls_in_flight_and_no_more(bench: Bench, mo
     assert all(begin.done() for begin in begins)
 
 
+async def test_a_call_waits_for_one_claim_at_a_time(bench: Bench) -> None:
+    a, b = await connected(bench, "a", "b")
+    for number, request_id in ((1, "r"), (2, "s")):
+        await a.ask(claim(number, request_id))
+        waiting = b.begin(claim(1, request_id))
+        await settle(b)
+    for number in (1, 2):
+        await a.ask(pb.Operation(call_id=number, settle_claim=pb.SettleClaim()))
+    assert (await waiting).verdict == SHARED
+
+
 async def test_a_call_is_one_systems(bench: Bench) -> None:
     [a] = await connected(bench, "a")
     await bench.ledger.create_system("other", 2)

@@ -206,3 +206,13 @@ class ListMachine(RuleBasedStateMachine):
 
 TestListMachine = ListMachine.TestCase
 TestListMachine.settings = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_who_waits_for_another_name_waits_for_the_first_no_more() -> None:
+    names: ModulesList[str] = ModulesList()
+    for name in ("a", "b"):
+        names.reserve(name, name)
+        assert names.check(name, "waiter") is None
+    assert names.waiting == 1
+    assert names.remove("a") == []
+    assert names.remove("b") == [("waiter", EBUSY_AFTER_WAIT)]
