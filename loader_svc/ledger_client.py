@@ -28,7 +28,7 @@ import structlog
 from loader_svc.memory import Meter
 from loader_svc.outbox import ENVELOPE_BYTES, MAX_BATCH_BYTES, Outbox, size_of
 from loader_svc.presence import Presence
-from modpressure.client_errors import end_requests, error_of
+from modpressure.client_errors import NoAnswer, ServerFailed, TimedOut, end_requests, error_of
 from modpressure.errors import BadRequest, Forbidden, NotNow, OverLimit, Overloaded, Replaced, Unavailable
 from modpressure.fair import FLOW, Flow
 from modpressure.operations import STEPS
@@ -218,6 +218,8 @@ class LedgerClient:
         """Systems whose memory is finite."""
 
         self._presence = Presence()
+        self._refusal = ""
+        """What a stats_svc that is there has said instead of a welcome."""
 
     # --- what calls use ---
 
@@ -306,8 +308,9 @@ class LedgerClient:
         await self._presence.wait_there()
 
     def unavailable(self) -> Unavailable:
-        """Return the error that says that stats_svc is away."""
-        return Unavailable(f"stats_svc at {self.target} does not answer")
+        """Return the error that says that stats_svc is away, or why it does not serve this loader."""
+        why = f" does not serve this loader: {self._refusal}" if self._refusal else " does not answer"
+        return Unavailable(f"stats_svc at {self.target}{why}")
 
     # --- the stream ---
 
@@ -329,7 +332,7 @@ class LedgerClient:
         said = ""
         self._set_connected(False)
         while not self._closing.is_set():
-            least_seconds = 0.0
+            least_seconds, refusal = 0.0, ""
             try:
                 # Anew each time: by then the files may hold other certificates, another token.
                 token = read_token(self._token_file)
@@ -339,6 +342,7 @@ class LedgerClient:
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
                 told = error_of(error, "stats_svc", self.target)
+                refusal = "" if isinstance(told, NoAnswer | TimedOut | ServerFailed) else told.sentence
                 if isinstance(told, Overloaded):
                     least_seconds = told.retry_seconds
                 elif isinstance(told, BadRequest | OverLimit) and (
@@ -353,6 +357,7 @@ class LedgerClient:
                     self._begin_anew(reason)
             except (BadCredentials, Unavailable) as error:
                 reason = error.sentence
+            self._refusal = refusal
             if self._presence.is_there:
                 if self._took_any:
                     backoff_seconds = FIRST_BACKOFF_SECONDS

@@ -7,6 +7,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# What gRPC's core prints by itself is no line of a log, nor a sentence for a user; it is read when grpc is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 @contextmanager
 def starting() -> Iterator[None]:

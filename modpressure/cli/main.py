@@ -12,9 +12,6 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Final, NoReturn
 
-# What gRPC's core prints by itself is no sentence for a user; it is read when grpc is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 import typer
 
 from modpressure import __version__

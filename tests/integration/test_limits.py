@@ -445,7 +445,7 @@ async def test_a_loader_that_finds_no_place_waits_for_one(start: Start, launch: 
             load: Any = LoaderServiceStub(channel)
             request = loader_pb.LoadModuleRequest(system=system, module="minix")
             error = await refused(load.LoadModule(request), grpc.StatusCode.UNAVAILABLE)
-            assert "does not answer" in (error.details() or "")
+            assert "does not serve this loader" in (error.details() or "")
             watch.cancel()
             async with asyncio.timeout(60):
                 while True:

@@ -217,7 +217,7 @@ async def test_a_loader_without_a_good_token_says_so_and_serves_nobody(doors: Do
     wrong.write_text(new_token())
     loader = doors.start_loader(wrong)
     client = Client([loader.address], doors.stats.address, timeout_seconds=20, token=doors.add("load", Role.LOAD))
-    with pytest.raises(ModpressureError, match="does not answer"):
+    with pytest.raises(ModpressureError, match="does not serve this loader: the token is not known here"):
         await client.load("minix")
     assert any("the token is not known here" in line for line in loader.lines)
     # A token that is put right is taken at the next attempt.
