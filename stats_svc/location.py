@@ -113,7 +113,7 @@ class Location:
             return _first_line(error)
         # "file is not a database", "attempt to write a readonly database", "database or disk is full", ...; but of a
         # directory "unable to open database file".
-        return "it is a directory" if os.path.isdir(self.name) else str(error)
+        return "is a directory" if os.path.isdir(self.name) else str(error)
 
 
 def check_version(database: str, version: int) -> None:

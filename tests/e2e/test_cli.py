@@ -581,7 +581,7 @@ def test_up_with_a_database_that_is_none(cli: Cli, tmp_path: Path, small_tree: P
 def test_up_with_a_directory_for_a_database(cli: Cli, tmp_path: Path, small_tree: Path) -> None:
     done = cli("up", "--port", "0", "--tree", str(small_tree), "--database", str(tmp_path))
     assert done.code == 1
-    assert f"{tmp_path}: it is a directory" in one_line(done)
+    assert f"{tmp_path}: is a directory" in one_line(done)
 
 
 def test_up_with_another_programs_database(cli: Cli, tmp_path: Path, small_tree: Path) -> None:

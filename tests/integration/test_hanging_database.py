@@ -191,8 +191,12 @@ def test_it_ends_when_it_is_told_to_though_the_database_hangs(
     options = ("--listen", "127.0.0.1:0", "--database", where, "--grace-seconds", str(grace_seconds))
     process = launch("stats_svc", *options)
     with hanging(where, own_server), grpc.insecure_channel(process.address) as channel:
-        # A change whose commit is not answered.
-        asked = channel.unary_unary("/modpressure.v1.StatsService/CreateSystem").future(b"\x0a\x07\x0a\x05small")
+        create = channel.unary_unary("/modpressure.v1.StatsService/CreateSystem")
+        both = [create.future(b"\x0a\x07\x0a\x05small") for _ in range(2)]
+        # As soon as one of two that are the same is refused, the other is a change whose commit is not answered.
+        while not any(one.done() for one in both):
+            time.sleep(0.01)
+        asked = next(one for one in both if not one.done())
         _is_told_to_stop(process, signals)
         begun = time.monotonic()
         assert process.popen.wait(WAIT_SECONDS) == 0

@@ -499,7 +499,7 @@ def test_somebody_elses_database_is_refused_and_left_alone(tmp_path: Path) -> No
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=f"{tmp_path}: it is a directory"):
+    with pytest.raises(StoreError, match=f"{tmp_path}: is a directory"):
         SqlStore(str(tmp_path))
 
 
