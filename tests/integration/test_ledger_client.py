@@ -82,6 +82,13 @@ class StatsSvc(LedgerServiceServicer):
     async def stream(self) -> Stream:
         return await self._streams.get()
 
+    async def welcomed(self) -> Stream:
+        """Return the next stream, whose hello was answered by somebody who knows of no batch."""
+        stream = await self.stream()
+        await stream.hello()
+        await stream.welcome(0)
+        return stream
+
 
 @pytest.fixture
 async def stats() -> AsyncIterator[tuple[StatsSvc, LedgerClient]]:
@@ -216,9 +223,7 @@ async def test_what_only_waits_for_others_holds_up_nothing_when_it_is_asked_agai
 async def test_what_an_answer_leads_to_leaves_with_what_has_gathered(stats: tuple[StatsSvc, LedgerClient]) -> None:
     """One caller who is a step behind must not cost a batch of his own, and a commit, at each step of the others."""
     servicer, client = stats
-    stream = await servicer.stream()
-    await stream.hello()
-    await stream.welcome(0)
+    stream = await servicer.welcomed()
 
     async def remove_twice() -> None:
         await client.ask(remove(1))
@@ -252,9 +257,7 @@ async def test_what_is_too_long_to_be_said_is_refused_to_who_asks_it(stats: tupl
 
 async def test_what_the_loaders_token_is_not_for_forbidden(stats: tuple[StatsSvc, LedgerClient]) -> None:
     servicer, client = stats
-    stream = await servicer.stream()
-    await stream.hello()
-    await stream.welcome(0)
+    stream = await servicer.welcomed()
     entering = asyncio.create_task(client.ask(enter(1)))
     await stream.batch()
     result = pb.OperationResult(call_id=1, verdict=INVALID, forbidden=True, message="not this one")
@@ -270,9 +273,7 @@ async def test_what_is_refused_for_what_it_says_is_not_said_again(
 ) -> None:
     """Else the loader would say it for ever, and nobody's calls would go on."""
     servicer, client = stats
-    stream = await servicer.stream()
-    await stream.hello()
-    await stream.welcome(0)
+    stream = await servicer.welcomed()
     entering = asyncio.create_task(client.ask(enter(client.new_call_id())))
     await stream.batch()
     await stream.answer(1, 1)
@@ -302,9 +303,7 @@ async def test_what_is_refused_for_what_it_says_is_not_said_again(
 
 async def test_who_is_not_let_in_keeps_what_is_in_flight(stats: tuple[StatsSvc, LedgerClient]) -> None:
     servicer, client = stats
-    stream = await servicer.stream()
-    await stream.hello()
-    await stream.welcome(0)
+    stream = await servicer.welcomed()
     entering = asyncio.create_task(client.ask(enter(1)))
     await stream.batch()
     stream.end(grpc.StatusCode.PERMISSION_DENIED, "not this token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -174,6 +175,27 @@ async def test_a_signal_does_not_end_what_need_not_wait(make: Make) -> None:
     assert (await call.run()).outcome == call_pb2.OUTCOME_LIVE
 
 
+@contextlib.asynccontextmanager
+async def grown(number: Callable[[], int]) -> AsyncIterator[list[int]]:
+    """Give a list of by how much a number has grown in each turn of the loop, up to the block's end."""
+    steps: list[int] = []
+    before = number()
+
+    async def look() -> None:
+        nonlocal before
+        while True:
+            now = number()
+            steps.append(now - before)
+            before = now
+            await asyncio.sleep(0)
+
+    looking = asyncio.ensure_future(look())
+    try:
+        yield steps
+    finally:
+        looking.cancel()
+
+
 @pytest.mark.parametrize("separate_copies", [False, True])
 async def test_a_storm_makes_what_it_asks_when_it_asks_and_lets_others_have_their_turns(
     machine: Machine, system: str, monkeypatch: pytest.MonkeyPatch, separate_copies: bool
@@ -181,7 +203,7 @@ async def test_a_storm_makes_what_it_asks_when_it_asks_and_lets_others_have_thei
     loader = Loader(machine, open_tree(catalogue_tree("plain")), kmod=34)
     modules, workers = ["crc16", "minix", "libcrc32c"], 1_000
     asked = storm_of(system, modules, workers=workers, separate_copies=separate_copies)
-    specs, begun, ahead, in_a_turn = 0, 0, 0, 0
+    specs, begun, ahead = 0, 0, 0
 
     def spec(name: str, **fields: Any) -> Any:
         nonlocal specs
@@ -195,32 +217,24 @@ async def test_a_storm_makes_what_it_asks_when_it_asks_and_lets_others_have_thei
             ahead = max(ahead, specs - begun)
             return await super().run()
 
-    async def probe() -> None:
-        nonlocal in_a_turn
-        before = 0
-        while True:
-            in_a_turn, before = max(in_a_turn, begun - before), begun
-            await asyncio.sleep(0)
-
     monkeypatch.setattr(loader, "spec", spec)
     monkeypatch.setattr(storm, "LiveCall", Counted)
     asking = Storm(loader, asked)
     await asking.prepare()
-    probing = asyncio.ensure_future(probe())
-    summary = await asking.run()
-    probing.cancel()
+    async with grown(lambda: begun) as in_each_turn:
+        summary = await asking.run()
     assert (summary.calls, summary.errors) == (workers * len(modules), 0)
     assert ahead <= 0
     assert specs == (workers * len(modules) if separate_copies else len(modules))
     # Those that are started, and those that a commit has answered.
-    assert in_a_turn < workers / 2
+    assert max(in_each_turn) < workers / 2
 
 
 async def test_a_storm_that_is_stopped_sends_its_signals_in_turns(
     machine: Machine, system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = Loader(machine, open_tree(catalogue_tree("plain")), kmod=34)
-    workers, signals, most = 1_000, 0, 0
+    workers, signals = 1_000, 0
     interrupt = LiveCall.interrupt
 
     def counted(call: LiveCall) -> None:
@@ -228,13 +242,6 @@ async def test_a_storm_that_is_stopped_sends_its_signals_in_turns(
         signals += 1
         monkeypatch.setattr(storm, "STOP_SECONDS", 30)
         interrupt(call)
-
-    async def probe() -> None:
-        nonlocal most
-        before = 0
-        while True:
-            most, before = max(most, signals - before), signals
-            await asyncio.sleep(0)
 
     monkeypatch.setattr(LiveCall, "interrupt", counted)
     # Nothing ends by itself, and all by a signal.
@@ -244,11 +251,10 @@ async def test_a_storm_that_is_stopped_sends_its_signals_in_turns(
     taken = await machine.budget.take(LIMIT_BYTES, "all")
     running = asyncio.ensure_future(asking.run())
     await until(lambda: machine.budget.waiting == workers)
-    probing = asyncio.ensure_future(probe())
-    asking.stop()
-    summary = await running
-    probing.cancel()
+    async with grown(lambda: signals) as in_each_turn:
+        asking.stop()
+        summary = await running
     assert [(each.errno, each.count) for each in summary.outcomes] == [("EINTR", workers)]
     assert signals == workers
-    assert most <= storm.MAX_AT_ONCE
+    assert max(in_each_turn) <= storm.MAX_AT_ONCE
     machine.budget.give(taken)
